@@ -1,0 +1,178 @@
+"""Which sequences take part in the next decode step. Pure policy: no tensors, no gRPC, no clock."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from llm.kv.allocator import BlockAllocator, OutOfBlocksError
+from tandem.errors import Reason, TandemError
+
+
+class Stage(Enum):
+    """Where a sequence stands."""
+
+    PULLING = "pulling"  # has its blocks; their KV is on the way
+    ACTIVE = "active"  # its KV is here but for the newest token, or is being computed again
+    PREEMPTED = "preempted"  # gave its blocks up to older sequences; waits to get some again
+    CLOSED = "closed"
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A sequence in the batcher: owned by the batcher, its tokens appended by the engine."""
+
+    token_ids: list[int]
+    max_total_tokens: int
+    block_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    stage: Stage = Stage.PULLING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step into the blocks it had at the time.
+
+    `draws` says that the run reaches the newest token, so that the next can be drawn.
+    """
+
+    sequence: SequenceState
+    start: int
+    num_tokens: int
+    block_ids: Sequence[int]
+    draws: bool
+
+
+@dataclass(frozen=True)
+class BatcherLimits:
+    """`max_batch`: most sequences of one step. `max_sequences`: most in the worker at all stages.
+
+    `recompute_budget`: most tokens per step spent on computing preempted sequences' KV again.
+    """
+
+    max_batch: int = 64
+    max_sequences: int = 256
+    recompute_budget: int = 256
+
+
+class DecodeBatcher:
+    """Continuous batching: sequences join and leave between steps, oldest first.
+
+    When blocks run out, the youngest active sequence gives all of its blocks up and is computed again later. New reservations leave
+    untouched what preempted sequences need to return, so that these come first. The blocks of a run in flight are held by a
+    reference of their own until `complete`. Not thread-safe: the engine's lock guards it.
+    """
+
+    def __init__(self, allocator: BlockAllocator, limits: BatcherLimits) -> None:
+        self._allocator = allocator
+        self._limits = limits
+        self._sequences: dict[SequenceState, None] = {}  # in order of arrival
+
+    def reserve(self, sequence: SequenceState) -> None:
+        """Gives a new sequence blocks for its tokens and one more; QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room."""
+        if len(self._sequences) >= self._limits.max_sequences:
+            raise TandemError(Reason.QUEUE_FULL, f"{len(self._sequences)} sequences are already here", retry_after_s=1.0)
+        if self._blocks_for(sequence.max_total_tokens) > self._allocator.num_blocks:
+            message = f"{sequence.max_total_tokens} tokens never fit this worker's {self._allocator.num_blocks} KV blocks"
+            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message)
+        needed = self._blocks_for(sequence.num_tokens + 1)
+        room = self._allocator.num_free - self._blocks_owed()
+        if needed > room:
+            message = f"{needed} KV blocks are needed, {max(room, 0)} are free"
+            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message, retry_after_s=1.0)
+        sequence.block_ids = self._allocator.allocate(needed)
+        self._sequences[sequence] = None
+
+    def activate(self, sequence: SequenceState, num_computed_tokens: int) -> None:
+        """The sequence's KV has arrived for its first `num_computed_tokens` tokens."""
+        assert sequence.stage is Stage.PULLING, sequence.stage
+        sequence.num_computed_tokens = num_computed_tokens
+        sequence.stage = Stage.ACTIVE
+
+    def schedule(self) -> list[Run]:
+        """The next step's runs; `complete` must follow."""
+        self._readmit()
+        runs, budget = [], self._limits.recompute_budget
+        for sequence in self._in_stage(Stage.ACTIVE)[: self._limits.max_batch]:
+            if sequence.stage is not Stage.ACTIVE:
+                continue  # gave way to an older one of this very step
+            if self._make_room(sequence):
+                runs.append(self._run_of(sequence, budget))
+                budget -= runs[-1].num_tokens - 1
+        return runs
+
+    def complete(self, runs: Sequence[Run]) -> None:
+        """Takes note that the runs' KV is in the pool; tokens drawn are appended by the caller, after this."""
+        for run in runs:
+            if run.sequence.stage is Stage.ACTIVE:
+                run.sequence.num_computed_tokens = run.start + run.num_tokens
+            self._allocator.free(run.block_ids)
+
+    def close(self, sequence: SequenceState) -> None:
+        """Ends a sequence at whatever stage it is and gives back its blocks. Idempotent."""
+        if sequence not in self._sequences:
+            return
+        del self._sequences[sequence]
+        sequence.stage = Stage.CLOSED
+        self._allocator.free(sequence.block_ids)
+        sequence.block_ids = []
+
+    def _run_of(self, sequence: SequenceState, budget: int) -> Run:
+        missing = sequence.num_tokens - sequence.num_computed_tokens
+        num_tokens = min(missing, budget + 1)
+        block_ids = tuple(sequence.block_ids)
+        self._allocator.share(block_ids)
+        return Run(sequence, sequence.num_computed_tokens, num_tokens, block_ids, num_tokens == missing)
+
+    def _make_room(self, sequence: SequenceState) -> bool:
+        """Ensures a block for the newest token, at the cost of younger sequences; False if the sequence must wait."""
+        while len(sequence.block_ids) < self._blocks_for(sequence.num_tokens):
+            try:
+                sequence.block_ids += self._allocator.allocate(1)
+            except OutOfBlocksError:
+                victim = self._in_stage(Stage.ACTIVE)[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+        return True
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._allocator.free(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.stage = Stage.PREEMPTED
+
+    def _readmit(self) -> None:
+        """Gives preempted sequences blocks again, oldest first, while there are enough for all their tokens and one more."""
+        for sequence in self._in_stage(Stage.PREEMPTED):
+            try:
+                sequence.block_ids = self._allocator.allocate(self._blocks_for(sequence.num_tokens + 1))
+            except OutOfBlocksError:
+                return
+            sequence.stage = Stage.ACTIVE
+
+    def _in_stage(self, stage: Stage) -> list[SequenceState]:
+        return [sequence for sequence in self._sequences if sequence.stage is stage]
+
+    def _blocks_owed(self) -> int:
+        return sum(self._blocks_for(s.num_tokens + 1) for s in self._sequences if s.stage is Stage.PREEMPTED)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._allocator.block_tokens)
+
+    @property
+    def num_pulling(self) -> int:
+        return len(self._in_stage(Stage.PULLING))
+
+    @property
+    def num_waiting(self) -> int:
+        return self.num_pulling + len(self._in_stage(Stage.PREEMPTED))
+
+    @property
+    def num_active(self) -> int:
+        return len(self._in_stage(Stage.ACTIVE))

@@ -1,0 +1,222 @@
+"""The decode engine: one thread that draws the next token of every active sequence, step by step."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from decode_svc.batcher import DecodeBatcher, Run, SequenceState, Stage
+from llm.kv.allocator import BlockAllocator
+from llm.runner import ModelRunner, SequenceSlice
+from llm.sampling import SampledToken, SampleRow, sample
+from llm.sampling_params import SamplingParams
+from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
+from tandem.errors import Reason, TandemError
+
+
+class EndReason(Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """End tokens count from the `min_tokens`-th token of the completion on; `max_tokens` is its greatest length."""
+
+    end_token_ids: frozenset[int]
+    min_tokens: int
+    max_tokens: int
+
+    def ends_at(self, token_id: int, num_completion_tokens: int) -> EndReason | None:
+        """Whether a completion of that many tokens, the last being `token_id`, is complete."""
+        if token_id in self.end_token_ids and num_completion_tokens > self.min_tokens:
+            return EndReason.STOP
+        return EndReason.LENGTH if num_completion_tokens >= self.max_tokens else None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token; `index` tokens of the completion came before it."""
+
+    index: int
+    token: SampledToken
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The completion is complete."""
+
+    reason: EndReason
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine failed; nothing more will come."""
+
+    error: TandemError
+
+
+DecodeEvent = Drawn | Ended | Failed
+
+
+@dataclass(eq=False)
+class DecodeJob:
+    """A request in the engine. Times are of the monotonic clock, ns; 0 until they happen."""
+
+    sequence: SequenceState
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    stop_rule: StopRule
+    num_logprobs: int | None = None
+    mailbox: Mailbox[DecodeEvent] = field(default_factory=Mailbox)
+    ready_ns: int = 0
+    started_ns: int = 0
+    ended_ns: int = 0
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return self.sequence.num_tokens - self.num_prompt_tokens
+
+    def sample_row(self) -> SampleRow:
+        forbidden = self.stop_rule.end_token_ids if self.num_completion_tokens < self.stop_rule.min_tokens else ()
+        return SampleRow(self.sampling, self.sequence.token_ids, self.num_prompt_tokens, tuple(forbidden), self.num_logprobs)
+
+    def append(self, token_id: int) -> EndReason | None:
+        """Adds a token to the completion and says whether that ends it."""
+        self.sequence.token_ids.append(token_id)
+        return self.stop_rule.ends_at(token_id, self.num_completion_tokens)
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy the engine is at one moment."""
+
+    num_waiting: int
+    num_active: int
+    num_pulling: int
+    num_free_blocks: int
+    tokens_per_second: float
+
+
+class DecodeEngine:
+    """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
+
+    `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive in the job's mailbox.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        allocator: BlockAllocator,
+        batcher: DecodeBatcher,
+        courier: Courier,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._runner = runner
+        self._allocator = allocator
+        self._batcher = batcher
+        self._courier = courier
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._jobs: dict[SequenceState, DecodeJob] = {}
+        self._speed = Speed()
+        self._thread = EngineThread("decode-engine", self.step, self._fail)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        return self._thread.stop(timeout_s)
+
+    def reserve(self, job: DecodeJob) -> Sequence[int]:
+        """Takes a job in and returns its blocks; the caller must `close` it. Raises QUEUE_FULL or KV_BLOCKS_EXHAUSTED."""
+        with self._lock:
+            self._batcher.reserve(job.sequence)
+            self._jobs[job.sequence] = job
+            return tuple(job.sequence.block_ids)
+
+    def activate(self, job: DecodeJob, first_token_id: int) -> None:
+        """The KV of the job's tokens has arrived, and the first token of its completion is known."""
+        job.ready_ns = time.monotonic_ns()
+        with self._lock:
+            self._batcher.activate(job.sequence, job.sequence.num_tokens)
+            reason = job.append(first_token_id)
+            if reason is not None:
+                self._courier.send(self._end(job, reason))
+        self._thread.wake()
+
+    def close(self, job: DecodeJob) -> None:
+        """Ends a job at whatever stage it is and gives back its blocks. Idempotent."""
+        with self._lock:
+            if self._jobs.pop(job.sequence, None) is not None:
+                self._batcher.close(job.sequence)
+        self._thread.wake()
+
+    def load(self) -> EngineLoad:
+        with self._lock:
+            batcher, speed = self._batcher, self._speed.tokens_per_second
+            return EngineLoad(batcher.num_waiting, batcher.num_active, batcher.num_pulling, self._allocator.num_free, speed)
+
+    def step(self) -> bool:
+        """One step of the engine thread; False if there was nothing to compute."""
+        work = self._schedule()
+        if not work:
+            return False
+        started = self._speed.start()
+        tokens = self._run(work)
+        self._publish(work, tokens)
+        self._speed.add(len(tokens), started)
+        return True
+
+    def _schedule(self) -> list[tuple[Run, DecodeJob]]:
+        with self._lock:
+            work = [(run, self._jobs[run.sequence]) for run in self._batcher.schedule()]
+        now = time.monotonic_ns()
+        for _, job in work:
+            job.started_ns = job.started_ns or now
+        return work
+
+    def _run(self, work: Sequence[tuple[Run, DecodeJob]]) -> list[SampledToken]:
+        """Computes the runs and draws a token for each that reaches the newest one, in order."""
+        logits = self._runner.forward([_slice_of(run) for run, _ in work])
+        rows = [job.sample_row() for run, job in work if run.draws]
+        return sample(logits, rows) if rows else []
+
+    def _publish(self, work: Sequence[tuple[Run, DecodeJob]], tokens: Sequence[SampledToken]) -> None:
+        """Appends the tokens and sends them off; the oldest work of a step comes first."""
+        drawing = [job for run, job in work if run.draws]
+        deliveries: list[tuple[Mailbox[DecodeEvent], DecodeEvent]] = []
+        with self._lock:
+            self._batcher.complete([run for run, _ in work])
+            for job, token in zip(drawing, tokens, strict=True):
+                if job.sequence.stage is Stage.ACTIVE:
+                    deliveries += self._append(job, token)
+            self._courier.send(deliveries)
+
+    def _append(self, job: DecodeJob, token: SampledToken) -> list[tuple[Mailbox[DecodeEvent], DecodeEvent]]:
+        index = job.num_completion_tokens
+        reason = job.append(token.token_id)
+        drawn: list[tuple[Mailbox[DecodeEvent], DecodeEvent]] = [(job.mailbox, Drawn(index, token))]
+        return drawn if reason is None else drawn + self._end(job, reason)
+
+    def _end(self, job: DecodeJob, reason: EndReason) -> list[tuple[Mailbox[DecodeEvent], DecodeEvent]]:
+        """Lock held. Frees the blocks at once, without waiting for the stream to be read."""
+        job.ended_ns = time.monotonic_ns()
+        del self._jobs[job.sequence]
+        self._batcher.close(job.sequence)
+        return [(job.mailbox, Ended(reason))]
+
+    def _fail(self, error: Exception) -> None:
+        failure = Failed(TandemError(Reason.ENGINE_FAILED, "the decode engine failed; the worker restarts"))
+        with self._lock:
+            self._courier.send([(job.mailbox, failure) for job in self._jobs.values()])
+        self._on_failure(error)
+
+
+def _slice_of(run: Run) -> SequenceSlice:
+    sequence = run.sequence
+    tokens = sequence.token_ids[run.start : run.start + run.num_tokens]
+    return SequenceSlice(tokens, run.start, run.block_ids, "last" if run.draws else "none")

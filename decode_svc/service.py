@@ -1,0 +1,182 @@
+"""DecodeService: one coroutine per request between the gateway, the puller and the engine."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import grpc
+from opentelemetry import context as otel_context
+
+from decode_svc.batcher import SequenceState
+from decode_svc.engine import DecodeEngine, DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
+from kvtransfer.puller import KvPuller, PullResult
+from kvtransfer.ticket import KvTicket
+from kvtransfer.wire import ticket_from_proto
+from llm.sampling_params import SamplingParams
+from tandem.api.v1 import generation_pb2
+from tandem.clock import wall_ns
+from tandem.errors import Reason, TandemError
+from tandem.sampled import sampled_to_proto, sampling_values
+from tandem.tracing import record_span
+from tandem.worker.v1 import decode_pb2, decode_pb2_grpc
+
+_FINISH_REASONS = {
+    EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+_TRANSPORTS = {"shm": generation_pb2.TRANSPORT_SHM, "tcp": generation_pb2.TRANSPORT_TCP}
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Serves `Decode`. `draining` turned on refuses new requests and lets the present ones finish."""
+
+    def __init__(self, engine: DecodeEngine, puller: KvPuller) -> None:
+        self._engine = engine
+        self._puller = puller
+        self._releases: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    async def Decode(self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        if self.draining:
+            raise TandemError(Reason.DRAINING, "this decode worker is shutting down")
+        ticket = ticket_from_proto(request.ticket)
+        check_request(request, ticket)
+        self._puller.check(ticket)
+        job = job_from(request)
+        block_ids = self._engine.reserve(job)
+        try:
+            run = _DecodeRun(request, context, job, self._engine)
+            await run.write(reserved=decode_pb2.Reserved())
+            result = await self._pull(run, ticket, block_ids)
+            self._engine.activate(job, result.first_token_id)
+            self._release_soon(ticket)
+            await run.serve(result)
+        finally:
+            self._engine.close(job)
+
+    async def close(self) -> None:
+        """Waits for releases under way."""
+        await asyncio.gather(*self._releases, return_exceptions=True)
+
+    async def _pull(self, run: "_DecodeRun", ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
+        run.pull_began_ns = time.monotonic_ns()
+        return await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)])
+
+    def _release_soon(self, ticket: KvTicket) -> None:
+        """Off the critical path; a release that gets lost is made up for by the lease."""
+        task = asyncio.create_task(_forgiving(self._puller.release(ticket)))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+
+class _DecodeRun:
+    """One request from the moment its blocks are reserved: messages, times and spans."""
+
+    def __init__(
+        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext, job: DecodeJob, engine: DecodeEngine
+    ) -> None:
+        self._request = request
+        self._context = context
+        self._job = job
+        self._engine = engine
+        self.pull_began_ns = 0
+
+    async def write(self, **event: Any) -> None:
+        await self._context.write(decode_pb2.DecodeResponse(**event))
+
+    async def serve(self, pulled: PullResult) -> None:
+        self._trace_pull(pulled)
+        await self.write(
+            kv_ready=decode_pb2.KvReady(
+                transport=_TRANSPORTS[pulled.transport],
+                pulled_bytes=pulled.num_bytes,
+                pull_us=pulled.pull_us,
+                refetched_blocks=pulled.num_refetched,
+            )
+        )
+        while not await self._forward(await self._job.mailbox.take()):
+            pass
+
+    async def _forward(self, events: Sequence[DecodeEvent]) -> bool:
+        """Sends what the engine said, neighbouring tokens in one message; True after the last message."""
+        for drawn, group in itertools.groupby(events, lambda event: isinstance(event, Drawn)):
+            if drawn:
+                await self._send_tokens([event for event in group if isinstance(event, Drawn)])
+                continue
+            for event in group:
+                match event:
+                    case Ended(reason):
+                        await self._finish(reason)
+                        return True
+                    case Failed(error):
+                        raise error
+        return False
+
+    async def _send_tokens(self, drawn: Sequence[Drawn]) -> None:
+        tokens = [sampled_to_proto(event.token) for event in drawn]
+        await self.write(delta=decode_pb2.TokenDelta(index=drawn[0].index, tokens=tokens))
+
+    async def _finish(self, reason: EndReason) -> None:
+        job = self._job
+        started_ns = job.started_ns or job.ended_ns
+        self._trace_run(started_ns)
+        await self.write(
+            finished=decode_pb2.DecodeFinished(
+                reason=_FINISH_REASONS[reason],
+                queue_us=(started_ns - job.ready_ns) // 1000,
+                run_us=(job.ended_ns - started_ns) // 1000,
+                num_preemptions=job.sequence.num_preemptions,
+            )
+        )
+
+    def _trace_pull(self, pulled: PullResult) -> None:
+        parent, job = otel_context.get_current(), self._job
+        first_frame_ns = max(self.pull_began_ns, job.ready_ns - pulled.pull_us * 1000)
+        record_span("kv.wait", parent, wall_ns(self.pull_began_ns), wall_ns(first_frame_ns), {})
+        attributes = {
+            "tandem.kv.transport": pulled.transport,
+            "tandem.kv.bytes": pulled.num_bytes,
+            "tandem.kv.refetched_blocks": pulled.num_refetched,
+        }
+        record_span("kv.pull", parent, wall_ns(first_frame_ns), wall_ns(job.ready_ns), attributes)
+
+    def _trace_run(self, started_ns: int) -> None:
+        parent, job = otel_context.get_current(), self._job
+        record_span("decode.queue", parent, wall_ns(job.ready_ns), wall_ns(started_ns), {})
+        attributes = {
+            "tandem.request_id": self._request.request_id,
+            "gen_ai.usage.output_tokens": job.num_completion_tokens,
+            "tandem.decode.preemptions": job.sequence.num_preemptions,
+        }
+        record_span("decode.run", parent, wall_ns(started_ns), wall_ns(job.ended_ns), attributes)
+
+
+async def _forgiving(release: Coroutine[Any, Any, None]) -> None:
+    try:
+        await release
+    except (TandemError, grpc.aio.AioRpcError):
+        pass  # the lease ends by itself
+
+
+def check_request(request: decode_pb2.DecodeRequest, ticket: KvTicket) -> None:
+    """Raises INVALID_REQUEST where the request contradicts itself."""
+    if not 0 < request.num_prompt_tokens <= len(request.token_ids):
+        raise TandemError(Reason.INVALID_REQUEST, "num_prompt_tokens must be between 1 and the number of token_ids")
+    if ticket.num_tokens != len(request.token_ids):
+        raise TandemError(Reason.INVALID_REQUEST, f"the ticket is for {ticket.num_tokens} tokens, not {len(request.token_ids)}")
+    if request.attempt != ticket.epoch:
+        raise TandemError(Reason.INVALID_REQUEST, f"attempt {request.attempt} brings a ticket of epoch {ticket.epoch}")
+
+
+def job_from(request: decode_pb2.DecodeRequest) -> DecodeJob:
+    """The engine's view of a request."""
+    rule = request.stop_rule
+    return DecodeJob(
+        sequence=SequenceState(list(request.token_ids), max_total_tokens=request.num_prompt_tokens + rule.max_tokens),
+        num_prompt_tokens=request.num_prompt_tokens,
+        sampling=SamplingParams(**sampling_values(request.sampling)),
+        stop_rule=StopRule(frozenset(rule.end_token_ids), rule.min_tokens, rule.max_tokens),
+        num_logprobs=request.logprobs if request.HasField("logprobs") else None,
+    )

@@ -1,0 +1,215 @@
+"""The prefill engine: one thread that turns prompts into KV blocks and first tokens."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from llm.kv.allocator import BlockAllocator
+from llm.runner import ModelRunner, SequenceSlice
+from llm.sampling import SampledToken, SampleRow, sample, token_logprobs
+from llm.sampling_params import SamplingParams
+from prefill_svc.batcher import Chunk, PrefillBatcher, PromptState
+from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
+from tandem.errors import Reason, TandemError
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The prompt has its blocks; `num_cached_tokens` of it are computed already."""
+
+    block_ids: Sequence[int]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The KV of the first `num_computed_tokens` tokens is in the pool."""
+
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The first token, and when the prompt's first chunk began and the token was drawn (monotonic clock, ns)."""
+
+    token: SampledToken
+    prompt_logprobs: Sequence[SampledToken]
+    started_ns: int
+    finished_ns: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine failed; nothing more will come."""
+
+    error: TandemError
+
+
+PrefillEvent = Admitted | Progress | Finished | Failed
+
+
+@dataclass(eq=False)
+class PrefillJob:
+    """A request in the engine: what to compute, how to draw the first token, and where its events go."""
+
+    prompt: PromptState
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    forbidden_token_ids: Sequence[int]
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    mailbox: Mailbox[PrefillEvent] = field(default_factory=Mailbox)
+    started_ns: int = 0
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
+
+    def sample_row(self) -> SampleRow:
+        return SampleRow(self.sampling, self.prompt.token_ids, self.num_prompt_tokens, self.forbidden_token_ids, self.num_logprobs)
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy the engine is at one moment."""
+
+    num_waiting: int
+    num_running: int
+    num_queued_tokens: int
+    num_free_blocks: int
+    tokens_per_second: float
+
+
+class PrefillEngine:
+    """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
+
+    `submit`, `close`, `share` and `free` may be called from any thread and return at once; events arrive in the job's mailbox.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        allocator: BlockAllocator,
+        batcher: PrefillBatcher,
+        courier: Courier,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._runner = runner
+        self._allocator = allocator
+        self._batcher = batcher
+        self._courier = courier
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._jobs: dict[PromptState, PrefillJob] = {}
+        self._speed = Speed()
+        self._thread = EngineThread("prefill-engine", self.step, self._fail)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        return self._thread.stop(timeout_s)
+
+    def submit(self, job: PrefillJob) -> None:
+        """Queues a job; the caller must `close` it, however it ends. Raises KV_BLOCKS_EXHAUSTED or QUEUE_FULL."""
+        with self._lock:
+            self._batcher.submit(job.prompt)
+            self._jobs[job.prompt] = job
+            self._admit()
+        self._thread.wake()
+
+    def close(self, job: PrefillJob) -> None:
+        """Ends a job at whatever stage it is and gives back its blocks. Idempotent."""
+        with self._lock:
+            if self._jobs.pop(job.prompt, None) is not None:
+                self._batcher.close(job.prompt)
+                self._admit()
+        self._thread.wake()
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """Takes a further reference to blocks that the caller's job still holds; `free` gives it back."""
+        with self._lock:
+            self._allocator.share(block_ids)
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Gives back a reference taken by `share`."""
+        with self._lock:
+            self._allocator.free(block_ids)
+            self._admit()
+        self._thread.wake()
+
+    def load(self) -> EngineLoad:
+        with self._lock:
+            batcher = self._batcher
+            speed = self._speed.tokens_per_second
+            return EngineLoad(batcher.num_waiting, batcher.num_running, batcher.num_queued_tokens, self._allocator.num_free, speed)
+
+    def step(self) -> bool:
+        """One step of the engine thread; False if there was nothing to compute."""
+        chunks = self._schedule()
+        if not chunks:
+            return False
+        started = self._speed.start()
+        finished = self._run(chunks)
+        self._publish(chunks, finished)
+        self._speed.add(sum(chunk.num_tokens for chunk in chunks), started)
+        return True
+
+    def _admit(self) -> None:
+        """Lock held. Events of admission leave before any event of the step that follows it."""
+        admitted = self._batcher.admit()
+        self._courier.send([(self._jobs[p].mailbox, Admitted(p.block_ids, p.num_cached_tokens)) for p in admitted])
+
+    def _schedule(self) -> list[tuple[Chunk, PrefillJob]]:
+        with self._lock:
+            work = [(chunk, self._jobs[chunk.prompt]) for chunk in self._batcher.schedule()]
+        now = time.monotonic_ns()
+        for _, job in work:
+            job.started_ns = job.started_ns or now
+        return work
+
+    def _run(self, work: Sequence[tuple[Chunk, PrefillJob]]) -> dict[PrefillJob, SampledToken]:
+        """Computes the chunks and draws the first token of each prompt whose last chunk this was."""
+        logits = self._runner.forward([_slice_of(chunk, job) for chunk, job in work])
+        rows, jobs, next_row = [], [], 0
+        for chunk, job in work:
+            num_rows = chunk.num_tokens if job.num_prompt_logprobs is not None else int(chunk.last)
+            if job.num_prompt_logprobs is not None:
+                job.prompt_logprobs += _prompt_logprobs(logits[next_row : next_row + num_rows], chunk, job.num_prompt_logprobs)
+            next_row += num_rows
+            if chunk.last:
+                rows.append(next_row - 1)
+                jobs.append(job)
+        if not jobs:
+            return {}
+        return dict(zip(jobs, sample(logits[rows], [job.sample_row() for job in jobs]), strict=True))
+
+    def _publish(self, work: Sequence[tuple[Chunk, PrefillJob]], tokens: dict[PrefillJob, SampledToken]) -> None:
+        now = time.monotonic_ns()
+        events: list[tuple[Mailbox[PrefillEvent], PrefillEvent]] = []
+        for chunk, job in work:
+            events.append((job.mailbox, Progress(chunk.start + chunk.num_tokens)))
+            if job in tokens:
+                events.append((job.mailbox, Finished(tokens[job], job.prompt_logprobs, job.started_ns, now)))
+        with self._lock:
+            self._batcher.complete([chunk for chunk, _ in work])
+            self._courier.send(events)
+            self._admit()
+
+    def _fail(self, error: Exception) -> None:
+        failure = Failed(TandemError(Reason.ENGINE_FAILED, "the prefill engine failed; the worker restarts"))
+        with self._lock:
+            self._courier.send([(job.mailbox, failure) for job in self._jobs.values()])
+        self._on_failure(error)
+
+
+def _slice_of(chunk: Chunk, job: PrefillJob) -> SequenceSlice:
+    prompt = chunk.prompt
+    wanted = "all" if job.num_prompt_logprobs is not None else "last" if chunk.last else "none"
+    return SequenceSlice(prompt.token_ids[chunk.start : chunk.start + chunk.num_tokens], chunk.start, prompt.block_ids, wanted)
+
+
+def _prompt_logprobs(logits: Tensor, chunk: Chunk, count: int) -> list[SampledToken]:
+    """Logits [chunk tokens, vocab] at positions start.. predict the prompt's tokens start + 1..; the last has none to predict."""
+    following = chunk.prompt.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.num_tokens]
+    return token_logprobs(logits[: len(following)], following, count) if following else []

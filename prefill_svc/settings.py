@@ -1,0 +1,20 @@
+"""What `python -m prefill_svc` can be told."""
+
+from dataclasses import dataclass, field
+
+from llm.startup import KvSettings
+from tandem.server import ServerSettings
+from tandem.worker_settings import TransferSettings, WeightSettings
+
+
+@dataclass(frozen=True)
+class PrefillSettings:
+    """Settings of a prefill worker."""
+
+    model: str = field(default="smollm2-135m-instruct", metadata={"help": "model name, path, or hub name"})
+    token_budget: int = field(default=512, metadata={"help": "most prompt tokens computed in one step; longer prompts are chunked"})
+    max_prompts: int = field(default=256, metadata={"help": "most prompts waiting and running; more are refused"})
+    weights: WeightSettings = field(default_factory=WeightSettings)
+    kv: KvSettings = field(default_factory=KvSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)

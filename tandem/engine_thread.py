@@ -1,0 +1,112 @@
+"""The thread that owns a worker's device, and the way its events reach the event loop."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Event = TypeVar("Event")
+
+
+class Mailbox(Generic[Event]):
+    """Events of one request on their way to the one coroutine that serves it. Used on the event loop only.
+
+    Whoever reads late gets all that is pending at once, so a slow stream costs one wake-up and not one per token.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[Event] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        self._pending.append(event)
+        self._arrived.set()
+
+    async def take(self) -> list[Event]:
+        """All pending events in order, at least one."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        pending, self._pending = self._pending, []
+        return pending
+
+
+class Courier:
+    """Carries events from any thread to mailboxes on the event loop, in the order of sending."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def send(self, deliveries: Sequence[tuple[Mailbox[Event], Event]]) -> None:
+        """One wake-up of the loop for all deliveries; after the loop has closed they are dropped, since nobody waits."""
+        if deliveries and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _deliver(deliveries: Sequence[tuple[Mailbox[Event], Event]]) -> None:
+    for mailbox, event in deliveries:
+        mailbox.put(event)
+
+
+class EngineThread:
+    """Calls `step` again and again; waits for `wake` whenever a step found nothing to do.
+
+    An exception in `step` is our bug or a broken device: the thread ends and `on_failure` is called with it, once.
+    """
+
+    def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[Exception], None]) -> None:
+        self._step = step
+        self._on_failure = on_failure
+        self._work = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._work.set()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread after its present step; False if that took longer than `timeout_s`."""
+        self._stopping = True
+        self._work.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._work.clear()
+                if not self._step():
+                    self._work.wait()
+        except Exception as error:
+            logger.exception("the engine failed")
+            self._on_failure(error)
+
+
+class Speed:
+    """Tokens per second while busy: an average in which a second of work weighs half after `half_life_s` of further work."""
+
+    def __init__(self, half_life_s: float = 5.0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._half_life_s = half_life_s
+        self._clock = clock
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def start(self) -> float:
+        return self._clock()
+
+    def add(self, num_tokens: int, started: float) -> None:
+        """Counts `num_tokens` computed since `started`, a value of `start()`."""
+        seconds = self._clock() - started
+        keep = 0.5 ** (seconds / self._half_life_s)
+        self._tokens = self._tokens * keep + num_tokens
+        self._seconds = self._seconds * keep + seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
