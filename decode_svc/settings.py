@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llm.startup import KvSettings
+from llm.kv.settings import KvSettings
 from tandem.server import ServerSettings
 from tandem.worker_settings import TransferSettings, WeightSettings
 

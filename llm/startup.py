@@ -1,28 +1,17 @@
 """Brings a worker's model and KV pool up together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
 from llm.kv.allocator import BlockAllocator
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
+from llm.kv.settings import KvSettings
 from llm.runner import ModelRunner, RunnerSettings
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class KvSettings:
-    """How KV blocks are made."""
-
-    kv_blocks: int = field(default=0, metadata={"help": "KV blocks in the pool; 0: as many as --kv-memory-mib holds"})
-    kv_memory_mib: int = field(
-        default=0, metadata={"help": "memory for the KV pool in MiB; 0: an eighth of the machine's memory, at most 1024 on a CPU"}
-    )
-    block_tokens: int = field(default=16, metadata={"help": "tokens of one KV block; the same for every worker of a suite"})
-    prefix_cache: bool = field(default=True, metadata={"help": "keep the KV of finished prompts for later ones that begin alike"})
 
 
 @dataclass(frozen=True)
@@ -55,5 +44,3 @@ def num_blocks(layout: KvLayout, kv: KvSettings) -> int:
         return kv.kv_blocks
     memory_bytes = kv.kv_memory_mib * _MIB or min(psutil.virtual_memory().total // 8, 1024 * _MIB)
     return max(1, memory_bytes // layout.block_bytes)
-
-

@@ -1,0 +1,25 @@
+"""`python -m decode_svc`: a decode worker."""
+
+import os
+import sys
+
+from decode_svc.settings import DecodeSettings
+from tandem.compute import prepare_compute
+from tandem.config import load_settings
+from tandem.logs import configure_logging
+from tandem.server import run
+from tandem.tracing import configure_tracing
+
+
+def main() -> None:
+    settings = load_settings(DecodeSettings, sys.argv[1:], os.environ, "A Tandem decode worker: generates tokens.")
+    configure_logging("decode")
+    configure_tracing("tandem.decode")
+    prepare_compute(settings.weights)
+    from decode_svc.worker import serve  # torch reads its environment when imported
+
+    run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Puts a decode worker together and serves until told to stop."""
+
+import asyncio
+import logging
+import uuid
+
+from decode_svc.batcher import BatcherLimits, DecodeBatcher
+from decode_svc.engine import DecodeEngine
+from decode_svc.service import DecodeServicer
+from decode_svc.settings import DecodeSettings
+from kvtransfer.puller import KvPuller
+from kvtransfer.wire import layout_to_proto
+from llm.runner import RunnerSettings
+from llm.startup import LoadedModel, load_model
+from tandem.api.v1 import operations_pb2
+from tandem.channels import open_channel
+from tandem.engine_thread import Courier
+from tandem.logs import LoadLog
+from tandem.models import ModelFiles, cache_directory, resolve_model
+from tandem.server import Server
+from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
+from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: DecodeSettings) -> None:
+    """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
+    files = await asyncio.to_thread(resolve_model, settings.model)
+    weights = settings.weights
+    runner_settings = RunnerSettings("decode", weights.device, weights.dtype, weights.threads or None, cache_directory())
+    loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
+    await DecodeWorker(settings, files, loaded).run()
+
+
+class DecodeWorker:
+    """The engine, the puller and the gRPC server of one process."""
+
+    def __init__(self, settings: DecodeSettings, files: ModelFiles, loaded: LoadedModel) -> None:
+        self._settings = settings
+        self._loaded = loaded
+        self._failure: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        self._server = Server("decode", settings.server)
+        limits = BatcherLimits(settings.max_batch, settings.max_sequences, settings.recompute_budget)
+        batcher = DecodeBatcher(loaded.allocator, limits)
+        self._engine = DecodeEngine(loaded.runner, loaded.allocator, batcher, Courier(self._loop), self._fail)
+        self._puller = KvPuller(
+            loaded.pool,
+            loaded.layout,
+            files.digest,
+            files.tokenizer_digest,
+            transports=settings.transfer.transports,
+            channels=open_channel,
+        )
+        self._decode = DecodeServicer(self._engine, self._puller)
+        self._status = StatusServicer(self._identity(files), self._snapshot)
+        self._add_services()
+
+    async def run(self) -> None:
+        self._engine.start()
+        port = await self._server.start()
+        self._server.set_ready(True)
+        logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
+        await self._server.run_until_stopped(self._drain, self._close)
+        if self._failure is not None:
+            raise self._failure
+
+    def _add_services(self) -> None:
+        server = self._server
+        server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._decode, "tandem.worker.v1.DecodeService")
+        server.add(status_pb2_grpc.add_WorkerStatusServiceServicer_to_server, self._status, "tandem.worker.v1.WorkerStatusService")
+
+    def _identity(self, files: ModelFiles) -> WorkerIdentity:
+        return WorkerIdentity(
+            worker_id=uuid.uuid4().hex,
+            role=operations_pb2.WORKER_ROLE_DECODE,
+            model_digest=files.digest,
+            tokenizer_digest=files.tokenizer_digest,
+            layout=layout_to_proto(self._loaded.layout),
+            device=self._loaded.runner.device_description,
+            weight_format=self._loaded.runner.weight_format,
+            transports=self._settings.transfer.transports,
+        )
+
+    def _snapshot(self) -> WorkerSnapshot:
+        load = self._engine.load()
+        return WorkerSnapshot(
+            role=operations_pb2.WORKER_ROLE_DECODE,
+            ready=self._server.ready,
+            queued_requests=load.num_waiting,
+            queued_tokens=0,
+            running_requests=load.num_active,
+            max_requests=self._settings.max_sequences,
+            total_blocks=self._loaded.allocator.num_blocks,
+            free_blocks=load.num_free_blocks,
+            tokens_per_second=load.tokens_per_second,
+        )
+
+    async def _drain(self) -> None:
+        """Refuses new requests; the server's own grace lets present streams finish."""
+        self._decode.draining = True
+        self._status.changed()
+
+    async def _close(self) -> None:
+        await self._decode.close()
+        await self._puller.close()
+        await asyncio.to_thread(self._engine.stop)
+        self._loaded.pool.close()
+
+    def _fail(self, error: Exception) -> None:
+        """On the engine thread. The process ends, and whoever supervises it starts a new one."""
+        self._failure = error
+        self._loop.call_soon_threadsafe(self._server.stop)

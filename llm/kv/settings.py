@@ -1,0 +1,15 @@
+"""How a worker's KV pool is made."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class KvSettings:
+    """How KV blocks are made."""
+
+    kv_blocks: int = field(default=0, metadata={"help": "KV blocks in the pool; 0: as many as --kv-memory-mib holds"})
+    kv_memory_mib: int = field(
+        default=0, metadata={"help": "memory for the KV pool in MiB; 0: an eighth of the machine's memory, at most 1024 on a CPU"}
+    )
+    block_tokens: int = field(default=16, metadata={"help": "tokens of one KV block; the same for every worker of a suite"})
+    prefix_cache: bool = field(default=True, metadata={"help": "keep the KV of finished prompts for later ones that begin alike"})

@@ -1,0 +1,25 @@
+"""`python -m prefill_svc`: a prefill worker."""
+
+import os
+import sys
+
+from prefill_svc.settings import PrefillSettings
+from tandem.compute import prepare_compute
+from tandem.config import load_settings
+from tandem.logs import configure_logging
+from tandem.server import run
+from tandem.tracing import configure_tracing
+
+
+def main() -> None:
+    settings = load_settings(PrefillSettings, sys.argv[1:], os.environ, "A Tandem prefill worker: computes prompts.")
+    configure_logging("prefill")
+    configure_tracing("tandem.prefill")
+    prepare_compute(settings.weights)
+    from prefill_svc.worker import serve  # torch reads its environment when imported
+
+    run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

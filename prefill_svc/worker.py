@@ -1,0 +1,132 @@
+"""Puts a prefill worker together and serves until told to stop."""
+
+import asyncio
+import logging
+import uuid
+from dataclasses import replace
+
+from kvtransfer.producer import KvProducer, ProducerIdentity
+from kvtransfer.service import KvTransferServicer
+from kvtransfer.wire import layout_to_proto
+from llm.runner import RunnerSettings
+from llm.startup import LoadedModel, load_model
+from prefill_svc.batcher import BatcherLimits, PrefillBatcher
+from prefill_svc.engine import PrefillEngine
+from prefill_svc.service import PrefillServicer
+from prefill_svc.settings import PrefillSettings
+from tandem.addresses import advertised_host, free_port
+from tandem.api.v1 import operations_pb2
+from tandem.engine_thread import Courier
+from tandem.logs import LoadLog
+from tandem.models import ModelFiles, cache_directory, resolve_model
+from tandem.server import Server
+from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
+from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: PrefillSettings) -> None:
+    """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
+    files = await asyncio.to_thread(resolve_model, settings.model)
+    weights = settings.weights
+    runner_settings = RunnerSettings("prefill", weights.device, weights.dtype, weights.threads or None, cache_directory())
+    loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
+    port = settings.server.port or free_port(settings.server.host)
+    worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
+    await worker.run()
+
+
+class PrefillWorker:
+    """The engine, the ticket producer and the gRPC server of one process."""
+
+    def __init__(self, settings: PrefillSettings, files: ModelFiles, loaded: LoadedModel) -> None:
+        self._settings = settings
+        self._loaded = loaded
+        self._failure: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        self._server = Server("prefill", settings.server)
+        limits = BatcherLimits(settings.token_budget, settings.max_prompts)
+        batcher = PrefillBatcher(loaded.allocator, limits)
+        self._engine = PrefillEngine(loaded.runner, loaded.allocator, batcher, Courier(self._loop), self._fail)
+        self._producer = self._make_producer(files)
+        self._prefill = PrefillServicer(self._engine, self._producer, files.digest, loaded.runner.config.vocab_size)
+        self._status = StatusServicer(self._identity(files), self._snapshot)
+        self._add_services()
+
+    async def run(self) -> None:
+        await self._producer.start()
+        self._engine.start()
+        port = await self._server.start()
+        self._server.set_ready(True)
+        logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
+        await self._server.run_until_stopped(self._drain, self._close)
+        if self._failure is not None:
+            raise self._failure
+
+    def _make_producer(self, files: ModelFiles) -> KvProducer:
+        transfer, server = self._settings.transfer, self._settings.server
+        host = advertised_host(server.host, transfer.advertised_host)
+        identity = ProducerIdentity(uuid.uuid4().hex, files.digest, files.tokenizer_digest, f"{host}:{server.port}")
+        return KvProducer(
+            self._loaded.pool,
+            identity,
+            lease_s=transfer.lease_s,
+            free=self._engine.free,
+            transports=transfer.transports,
+            kv_host=transfer.kv_host,
+            kv_advertised_host=advertised_host(transfer.kv_host, transfer.advertised_host),
+        )
+
+    def _add_services(self) -> None:
+        server = self._server
+        server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, self._prefill, "tandem.worker.v1.PrefillService")
+        transfer = KvTransferServicer(self._producer)
+        server.add(kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer, "tandem.worker.v1.KvTransferService")
+        server.add(status_pb2_grpc.add_WorkerStatusServiceServicer_to_server, self._status, "tandem.worker.v1.WorkerStatusService")
+
+    def _identity(self, files: ModelFiles) -> WorkerIdentity:
+        return WorkerIdentity(
+            worker_id=self._producer.identity.producer_id,
+            role=operations_pb2.WORKER_ROLE_PREFILL,
+            model_digest=files.digest,
+            tokenizer_digest=files.tokenizer_digest,
+            layout=layout_to_proto(self._loaded.layout),
+            device=self._loaded.runner.device_description,
+            weight_format=self._loaded.runner.weight_format,
+            transports=self._producer.transports,
+        )
+
+    def _snapshot(self) -> WorkerSnapshot:
+        load = self._engine.load()
+        return WorkerSnapshot(
+            role=operations_pb2.WORKER_ROLE_PREFILL,
+            ready=self._server.ready,
+            queued_requests=load.num_waiting,
+            queued_tokens=load.num_queued_tokens,
+            running_requests=load.num_running,
+            max_requests=self._settings.max_prompts,
+            total_blocks=self._loaded.allocator.num_blocks,
+            free_blocks=load.num_free_blocks,
+            tokens_per_second=load.tokens_per_second,
+        )
+
+    async def _drain(self) -> None:
+        """Refuses new prompts; lets decode workers pull what is granted while the grace lasts."""
+        self._prefill.draining = True
+        self._status.changed()
+        try:
+            async with asyncio.timeout(self._settings.server.grace_s):
+                await self._producer.wait_idle()
+        except TimeoutError:
+            logger.warning("%d tickets were not pulled before the grace ended", self._producer.num_outstanding)
+
+    async def _close(self) -> None:
+        await self._producer.close()
+        await asyncio.to_thread(self._engine.stop)
+        self._loaded.pool.close()
+
+    def _fail(self, error: Exception) -> None:
+        """On the engine thread. The process ends, and whoever supervises it starts a new one."""
+        self._failure = error
+        self._loop.call_soon_threadsafe(self._server.stop)

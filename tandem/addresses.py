@@ -1,0 +1,19 @@
+"""Where a process can be reached."""
+
+import socket
+
+_WILDCARDS = ("0.0.0.0", "::", "[::]")
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on right now."""
+    with socket.create_server((host, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def advertised_host(bound_host: str, configured: str = "") -> str:
+    """The host by which others reach a process bound to `bound_host`: as configured, or that host, or, if it is bound to every
+    interface, the address that this machine's own name resolves to."""
+    if configured:
+        return configured
+    return socket.gethostbyname(socket.gethostname()) if bound_host in _WILDCARDS else bound_host
