@@ -1,0 +1,187 @@
+"""The one interceptor of every server: parsing, trace context, errors and counts, for all four kinds of call."""
+
+import asyncio
+import inspect
+import logging
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+from opentelemetry import context as trace_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from tandem.errors import Outcome, Reason, TandemError, to_status
+
+logger = logging.getLogger(__name__)
+
+# Methods that show state for as long as the caller wants. They must not hold up shutdown, so they are ended by the server.
+OBSERVERS = frozenset({"Watch", "ServerReflectionInfo"})
+
+Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
+
+_propagator = TraceContextTextMapPropagator()
+
+
+@dataclass
+class CallCounts:
+    """Calls of one method. Once all calls have ended, received == ok + cancelled + rejected + failed."""
+
+    received: int = 0
+    ok: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One running call."""
+
+    method: str
+    task: asyncio.Task[Any]
+    dismissed: bool = False
+
+
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every handler. Handlers are coroutine functions or async generators that raise TandemError.
+
+    A call ends in exactly one way: OK, the TandemError's status, INTERNAL with a logged id, or cancelled. Handlers clean up in
+    `finally`, and async generators are closed before the call ends, also when the client goes away during a write.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, CallCounts] = defaultdict(CallCounts)
+        self._running: set[Call] = set()
+
+    def dismiss_observers(self) -> None:
+        """Ends the calls that only watch, with UNAVAILABLE/DRAINING."""
+        for call in self._running:
+            if call.method.rpartition("/")[2] in OBSERVERS:
+                call.dismissed = True
+                call.task.cancel()
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._wrapped(handler, handler_call_details.method)
+
+    def _wrapped(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        parse = _parse_stream if handler.request_streaming else _parse
+        answer = _answer_stream if handler.response_streaming else _answer
+
+        async def serve(payload: Any, context: grpc.aio.ServicerContext) -> Any:
+            return await self._serve(
+                method, context, lambda: answer(behaviour, parse(handler.request_deserializer, payload), context)
+            )
+
+        return _MAKE_HANDLER[handler.request_streaming, handler.response_streaming](serve, None, handler.response_serializer)
+
+    async def _serve(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Awaitable[Any]]) -> Any:
+        call, counts = self._enter(method)
+        token = trace_context.attach(_propagator.extract(_trace_headers(context)))
+        try:
+            response = await answer()
+            _count(counts, _outcome_of_code(context.code()))
+            return response
+        except asyncio.CancelledError:
+            if not call.dismissed:
+                counts.cancelled += 1
+                raise
+            error = TandemError(Reason.DRAINING, "the server is shutting down")
+        except grpc.aio.AbortError:
+            _count(counts, _outcome_of_code(context.code()))
+            raise
+        except grpc.aio.InternalError:
+            # The client went away during a write; gRPC itself knows and expects this exception.
+            counts.cancelled += 1
+            raise
+        except Exception as raised:
+            error = _as_tandem_error(raised, method)
+        finally:
+            trace_context.detach(token)
+            self._running.discard(call)
+        _count(counts, error.outcome)
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    def _enter(self, method: str) -> tuple[Call, CallCounts]:
+        task = asyncio.current_task()
+        assert task is not None, "gRPC runs every handler in a task"
+        call, counts = Call(method, task), self.counts[method]
+        self._running.add(call)
+        counts.received += 1
+        return call, counts
+
+
+_MAKE_HANDLER: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _parse(deserialize: Callable[[bytes], Any] | None, payload: bytes) -> Any:
+    """The request. gRPC itself would answer a malformed one with INTERNAL."""
+    if deserialize is None:
+        return payload
+    try:
+        return deserialize(payload)
+    except DecodeError as error:
+        raise TandemError(Reason.MESSAGE_MALFORMED, "the request's bytes are not a message of the method's request type") from error
+
+
+async def _parse_stream(deserialize: Callable[[bytes], Any] | None, payloads: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for payload in payloads:
+        yield _parse(deserialize, payload)
+
+
+async def _answer(behaviour: Behaviour, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    return await behaviour(request, context)
+
+
+async def _answer_stream(behaviour: Behaviour, request: Any, context: grpc.aio.ServicerContext) -> None:
+    """Writes by itself, so that an error in a write closes the handler's generator here and now and not when it is collected."""
+    if inspect.iscoroutinefunction(behaviour):
+        await behaviour(request, context)
+        return
+    async with aclosing(behaviour(request, context)) as responses:
+        async for response in responses:
+            await context.write(response)
+
+
+def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if key in ("traceparent", "tracestate")}
+
+
+def _as_tandem_error(raised: Exception, method: str) -> TandemError:
+    if isinstance(raised, TandemError):
+        return raised
+    error_id = uuid.uuid4().hex
+    logger.error("%s failed; error id %s", method, error_id, exc_info=raised)
+    return TandemError(
+        Reason.INTERNAL, f"internal error; the server's log has it under {error_id}", metadata={"error_id": error_id}
+    )
+
+
+def _outcome_of_code(code: Any) -> Outcome | None:
+    """How a code that a handler set by itself counts; gRPC gives None, or 0, while none is set."""
+    if not code or code is grpc.StatusCode.OK:
+        return None
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS):
+        return "failed"
+    return "cancelled" if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED) else "rejected"
+
+
+def _count(counts: CallCounts, outcome: Outcome | None) -> None:
+    key = outcome or "ok"
+    setattr(counts, key, getattr(counts, key) + 1)

@@ -1,0 +1,135 @@
+"""What a worker says of itself: WorkerStatusService."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc.aio
+
+from tandem.api.v1 import operations_pb2
+from tandem.errors import invalid_field
+from tandem.tracing import recent_spans
+from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
+
+SERVICE_NAME: str = status_pb2.DESCRIPTOR.services_by_name["WorkerStatusService"].full_name
+TRACE_ID = re.compile(r"[0-9a-f]{32}")
+
+Role = Literal["prefill", "decode"]
+
+_ROLES = {"prefill": operations_pb2.WORKER_ROLE_PREFILL, "decode": operations_pb2.WORKER_ROLE_DECODE}
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """What never changes while a worker lives. `worker_id` is a UUID made at process start; `transports` are best first."""
+
+    worker_id: str
+    role: Role
+    model_digest: str
+    tokenizer_digest: str
+    layout: kv_pb2.KvLayout
+    device: str
+    weight_format: str
+    transports: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WorkerSnapshot:
+    """A worker's state at one moment. `queued_tokens` are still to compute, for waiting and running requests."""
+
+    role: Role
+    ready: bool
+    queued_requests: int
+    queued_tokens: int
+    running_requests: int
+    max_requests: int
+    total_blocks: int
+    free_blocks: int
+    tokens_per_second: float
+
+
+class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
+    """Streams snapshots to whoever watches. `snapshot` is called on the event loop and must not block."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        snapshot: Callable[[], WorkerSnapshot],
+        *,
+        minimum_interval_s: float = 0.05,
+        maximum_interval_s: float = 1.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._identity = identity
+        self._snapshot = snapshot
+        self._minimum_interval_s = minimum_interval_s
+        self._maximum_interval_s = maximum_interval_s
+        self._sleep = sleep
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._wake_is_due = False
+        self._sequence_number = 0
+
+    def changed(self) -> None:
+        """Says that the state has changed; from any thread, and cheap enough for every step of an engine."""
+        loop = self._loop
+        if loop is None or self._wake_is_due or loop.is_closed():
+            return
+        # Lost races only cost a second wake-up: the flag is cleared on the loop before the state is read.
+        self._wake_is_due = True
+        loop.call_soon_threadsafe(self._wake)
+
+    async def Watch(
+        self, request: status_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[status_pb2.WatchResponse]:
+        """One state at once, then after changes, at most every `minimum_interval_s` and at least every `maximum_interval_s`."""
+        self._loop = asyncio.get_running_loop()
+        while True:
+            changed = self._changed
+            yield self._response()
+            await self._sleep(self._minimum_interval_s)
+            await _wait(changed, self._maximum_interval_s - self._minimum_interval_s)
+
+    async def GetSpans(self, request: status_pb2.GetSpansRequest, context: grpc.aio.ServicerContext) -> status_pb2.GetSpansResponse:
+        """The remembered spans of a trace; INVALID_ARGUMENT unless its id is 32 lower-case hexadecimal digits."""
+        if not TRACE_ID.fullmatch(request.trace_id):
+            raise invalid_field("trace_id", "must be 32 lower-case hexadecimal digits")
+        return status_pb2.GetSpansResponse(spans=recent_spans(request.trace_id))
+
+    def _wake(self) -> None:
+        self._wake_is_due = False
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _response(self) -> status_pb2.WatchResponse:
+        self._sequence_number += 1
+        identity, snapshot = self._identity, self._snapshot()
+        return status_pb2.WatchResponse(
+            sequence_number=self._sequence_number,
+            worker_id=identity.worker_id,
+            role=_ROLES[identity.role],
+            ready=snapshot.ready,
+            model_digest=identity.model_digest,
+            tokenizer_digest=identity.tokenizer_digest,
+            layout=identity.layout,
+            device=identity.device,
+            weight_format=identity.weight_format,
+            total_blocks=snapshot.total_blocks,
+            free_blocks=snapshot.free_blocks,
+            queued_requests=snapshot.queued_requests,
+            queued_tokens=snapshot.queued_tokens,
+            running_requests=snapshot.running_requests,
+            max_requests=snapshot.max_requests,
+            tokens_per_second=snapshot.tokens_per_second,
+            transports=identity.transports,
+        )
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return

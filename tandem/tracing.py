@@ -1,0 +1,112 @@
+"""Tracing set-up: spans are remembered here for a while, and exported over OTLP if the environment names an endpoint."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.util.types import AttributeValue
+
+from tandem.api.v1 import operations_pb2
+
+REMEMBERED_SPANS = 2000
+FLUSH_TIMEOUT_S = 2.0
+
+Attributes = Mapping[str, AttributeValue]
+
+
+class SpanMemory(SpanProcessor):
+    """The last finished spans of this process. Any thread may end spans; any thread may ask."""
+
+    def __init__(self, num_spans: int = REMEMBERED_SPANS) -> None:
+        self._spans: deque[ReadableSpan] = deque(maxlen=num_spans)
+        self._lock = threading.Lock()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        with self._lock:
+            self._spans.append(span)
+
+    def of_trace(self, trace_id: str) -> list[ReadableSpan]:
+        """The remembered spans of a trace, given by its 32 lower-case hexadecimal digits, in the order in which they ended."""
+        number = int(trace_id, 16)
+        with self._lock:
+            return [span for span in self._spans if span.context is not None and span.context.trace_id == number]
+
+
+_memory = SpanMemory()
+_provider: TracerProvider | None = None
+_tracer: trace.Tracer = trace.NoOpTracer()
+
+
+def configure_tracing(service: str) -> None:
+    """Starts tracing for this process, under the name `service`; called once, before serving. Until then spans are not recorded.
+
+    Exports over OTLP (gRPC) only if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set. The exporter has a
+    bounded queue and a thread of its own: a slow or dead sink costs spans, never serving.
+    """
+    global _provider, _tracer
+    # Without shutdown_on_exit: the library's own exit hook waits up to 30 s for a dead sink; `flush_tracing` is bounded.
+    _provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}), shutdown_on_exit=False)
+    _provider.add_span_processor(_memory)
+    if _has_sink(os.environ):
+        _provider.add_span_processor(_exporting_processor())
+    _tracer = _provider.get_tracer("tandem")
+
+
+def tracer() -> trace.Tracer:
+    """The process's tracer; one that records nothing before `configure_tracing`."""
+    return _tracer
+
+
+def record_span(name: str, parent: Context | None, start_ns: int, end_ns: int, attributes: Attributes | None = None) -> None:
+    """Records a span after the fact, from any thread. Times are wall-clock nanoseconds, as time.time_ns gives them."""
+    _tracer.start_span(name, context=parent, start_time=start_ns, attributes=attributes).end(end_time=end_ns)
+
+
+def current_trace_id() -> str:
+    """The trace of the current span as 32 hexadecimal digits; empty outside a trace."""
+    context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+
+
+def recent_spans(trace_id: str) -> list[operations_pb2.Span]:
+    """The finished spans of a trace that this process still remembers; ValueError if `trace_id` is not hexadecimal."""
+    return [_to_message(span) for span in _memory.of_trace(trace_id)]
+
+
+def flush_tracing(timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+    """Exports what is queued; gives up after `timeout_s`. Blocks: call it off the event loop."""
+    if _provider is None:
+        return
+    # force_flush ignores its timeout while an export hangs, so it is waited for from outside.
+    flusher = threading.Thread(target=_provider.force_flush, name="flush-tracing", daemon=True)
+    flusher.start()
+    flusher.join(timeout_s)
+
+
+def _has_sink(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _exporting_processor() -> SpanProcessor:
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    return BatchSpanProcessor(OTLPSpanExporter())
+
+
+def _to_message(span: ReadableSpan) -> operations_pb2.Span:
+    message = operations_pb2.Span(
+        span_id=trace.format_span_id(span.context.span_id) if span.context else "",
+        parent_span_id=trace.format_span_id(span.parent.span_id) if span.parent else "",
+        name=span.name,
+        service=str(span.resource.attributes.get(SERVICE_NAME, "")),
+        attributes=[operations_pb2.SpanAttribute(key=key, value=str(value)) for key, value in (span.attributes or {}).items()],
+    )
+    message.start_time.FromNanoseconds(span.start_time or 0)
+    message.end_time.FromNanoseconds(span.end_time or 0)
+    return message
