@@ -18,7 +18,7 @@ def main() -> None:
     prepare_compute(settings.weights)
     from decode_svc.worker import serve  # torch reads its environment when imported
 
-    run(serve(settings))
+    raise SystemExit(run(serve(settings)))
 
 
 if __name__ == "__main__":

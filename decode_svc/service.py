@@ -1,6 +1,7 @@
 """DecodeService: one coroutine per request between the gateway, the puller and the engine."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Coroutine, Sequence
@@ -154,10 +155,8 @@ class _DecodeRun:
 
 
 async def _forgiving(release: Coroutine[Any, Any, None]) -> None:
-    try:
+    with contextlib.suppress(TandemError, grpc.aio.AioRpcError):  # the lease ends by itself
         await release
-    except (TandemError, grpc.aio.AioRpcError):
-        pass  # the lease ends by itself
 
 
 def check_request(request: decode_pb2.DecodeRequest, ticket: KvTicket) -> None:

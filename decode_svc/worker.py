@@ -12,7 +12,6 @@ from kvtransfer.puller import KvPuller
 from kvtransfer.wire import layout_to_proto
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
-from tandem.api.v1 import operations_pb2
 from tandem.channels import open_channel
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
@@ -28,7 +27,7 @@ async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files = await asyncio.to_thread(resolve_model, settings.model)
     weights = settings.weights
-    runner_settings = RunnerSettings("decode", weights.device, weights.dtype, weights.threads or None, cache_directory())
+    runner_settings = RunnerSettings("decode", cache_directory(), weights.device, weights.dtype, weights.threads or None)
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
     await DecodeWorker(settings, files, loaded).run()
 
@@ -74,7 +73,7 @@ class DecodeWorker:
     def _identity(self, files: ModelFiles) -> WorkerIdentity:
         return WorkerIdentity(
             worker_id=uuid.uuid4().hex,
-            role=operations_pb2.WORKER_ROLE_DECODE,
+            role="decode",
             model_digest=files.digest,
             tokenizer_digest=files.tokenizer_digest,
             layout=layout_to_proto(self._loaded.layout),
@@ -86,7 +85,7 @@ class DecodeWorker:
     def _snapshot(self) -> WorkerSnapshot:
         load = self._engine.load()
         return WorkerSnapshot(
-            role=operations_pb2.WORKER_ROLE_DECODE,
+            role="decode",
             ready=self._server.ready,
             queued_requests=load.num_waiting,
             queued_tokens=0,

@@ -1,6 +1,5 @@
 """Brings a worker's model and KV pool up together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -10,6 +9,7 @@ from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from llm.kv.settings import KvSettings
 from llm.runner import ModelRunner, RunnerSettings
+from llm.weights import ModelFiles, Progress
 
 _MIB = 1 << 20
 
@@ -24,16 +24,14 @@ class LoadedModel:
     layout: KvLayout
 
 
-def load_model(
-    files: "object", runner_settings: RunnerSettings, kv: KvSettings, progress: Callable[[float, str], None] | None = None
-) -> LoadedModel:
+def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSettings, progress: Progress | None = None) -> LoadedModel:
     """Loads weights, makes the pool and warms the kernels up; takes seconds to minutes, so call it off the event loop."""
     runner = ModelRunner.load(files, runner_settings, progress)
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, kv.block_tokens, runner.kv_dtype)
     pool = KvPool.create(layout, num_blocks(layout, kv), runner_settings.device)
     runner.attach(pool)
-    runner.warm_up()
+    runner.warm_up(progress)
     allocator = BlockAllocator(pool.tensor.shape[0], kv.block_tokens, prefix_cache=kv.prefix_cache)
     return LoadedModel(runner, pool, allocator, layout)
 

@@ -15,7 +15,6 @@ from prefill_svc.engine import PrefillEngine
 from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port
-from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
 from tandem.models import ModelFiles, cache_directory, resolve_model
@@ -30,7 +29,7 @@ async def serve(settings: PrefillSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files = await asyncio.to_thread(resolve_model, settings.model)
     weights = settings.weights
-    runner_settings = RunnerSettings("prefill", weights.device, weights.dtype, weights.threads or None, cache_directory())
+    runner_settings = RunnerSettings("prefill", cache_directory(), weights.device, weights.dtype, weights.threads or None)
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
     port = settings.server.port or free_port(settings.server.host)
     worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
@@ -88,7 +87,7 @@ class PrefillWorker:
     def _identity(self, files: ModelFiles) -> WorkerIdentity:
         return WorkerIdentity(
             worker_id=self._producer.identity.producer_id,
-            role=operations_pb2.WORKER_ROLE_PREFILL,
+            role="prefill",
             model_digest=files.digest,
             tokenizer_digest=files.tokenizer_digest,
             layout=layout_to_proto(self._loaded.layout),
@@ -100,7 +99,7 @@ class PrefillWorker:
     def _snapshot(self) -> WorkerSnapshot:
         load = self._engine.load()
         return WorkerSnapshot(
-            role=operations_pb2.WORKER_ROLE_PREFILL,
+            role="prefill",
             ready=self._server.ready,
             queued_requests=load.num_waiting,
             queued_tokens=load.num_queued_tokens,

@@ -1,0 +1,192 @@
+"""The decode batcher: reservation, growth, preemption, and who holds which block when."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from decode_svc.batcher import BatcherLimits, DecodeBatcher, Run, SequenceState, Stage
+from llm.kv.allocator import BlockAllocator
+from tandem.errors import Reason, TandemError
+
+BLOCK_TOKENS = 4
+
+
+def make(num_blocks: int = 16, **limits: int) -> tuple[DecodeBatcher, BlockAllocator]:
+    allocator = BlockAllocator(num_blocks, BLOCK_TOKENS, prefix_cache=False)
+    return DecodeBatcher(allocator, BatcherLimits(**limits)), allocator
+
+
+def join(batcher: DecodeBatcher, num_tokens: int, max_total: int = 24) -> SequenceState:
+    """A sequence whose prompt has been pulled and whose first token is known."""
+    sequence = SequenceState([1] * num_tokens, max_total_tokens=max_total)
+    batcher.reserve(sequence)
+    batcher.activate(sequence, num_tokens)
+    sequence.token_ids.append(2)
+    return sequence
+
+
+def step(batcher: DecodeBatcher) -> list[SequenceState]:
+    """One step in which every sequence that can draws a token; returns those that drew."""
+    runs = batcher.schedule()
+    batcher.complete(runs)
+    drew = [run.sequence for run in runs if run.draws]
+    for sequence in drew:
+        sequence.token_ids.append(3)
+    return drew
+
+
+def test_sequences_join_and_leave_between_steps() -> None:
+    batcher, allocator = make()
+    first = join(batcher, 5)
+    assert step(batcher) == [first]
+    second = join(batcher, 2)
+    assert step(batcher) == [first, second]
+    batcher.close(first)
+    assert step(batcher) == [second]
+    batcher.close(second)
+    assert allocator.num_free == allocator.num_blocks
+
+
+def test_a_sequence_takes_a_block_only_when_it_grows_into_it() -> None:
+    batcher, _ = make()
+    sequence = join(batcher, 3)
+    assert len(sequence.block_ids) == 1
+    step(batcher)
+    assert (sequence.num_tokens, len(sequence.block_ids)) == (5, 1)
+    step(batcher)
+    assert len(sequence.block_ids) == 2
+
+
+def test_a_reservation_without_room_is_refused_at_once() -> None:
+    batcher, _ = make(num_blocks=3)
+    join(batcher, 8, max_total=12)
+    with pytest.raises(TandemError) as caught:
+        join(batcher, 2, max_total=4)
+    assert caught.value.reason is Reason.KV_BLOCKS_EXHAUSTED
+    assert caught.value.retry_after_s is not None
+
+
+def test_what_never_fits_is_refused() -> None:
+    batcher, _ = make(num_blocks=3)
+    with pytest.raises(TandemError) as caught:
+        batcher.reserve(SequenceState([1], max_total_tokens=13))
+    assert caught.value.reason is Reason.KV_BLOCKS_EXHAUSTED
+
+
+def test_the_youngest_gives_way_and_is_computed_again_in_chunks() -> None:
+    batcher, allocator = make(num_blocks=4, recompute_budget=2)
+    old, young = join(batcher, 7, max_total=16), join(batcher, 6, max_total=16)
+    assert allocator.num_free == 0
+    assert step(batcher) == [old, young]
+    assert step(batcher) == [old]  # needs a third block, which is taken from the younger
+    assert (young.stage, young.num_preemptions) == (Stage.PREEMPTED, 1)
+    batcher.close(old)
+    assert step(batcher) == []  # 3 of the 8 tokens
+    assert young.num_computed_tokens == 3
+    while not step(batcher):
+        pass
+    assert young.num_computed_tokens == 8
+
+
+def test_new_reservations_leave_room_for_the_preempted() -> None:
+    batcher, _ = make(num_blocks=4)
+    old, young = join(batcher, 7, max_total=16), join(batcher, 6, max_total=16)
+    step(batcher)
+    step(batcher)
+    assert young.stage is Stage.PREEMPTED
+    with pytest.raises(TandemError):
+        join(batcher, 1, max_total=4)
+    batcher.close(old)
+    assert step(batcher) == [young]
+
+
+def test_closing_in_the_middle_of_a_step_keeps_the_blocks_until_the_step_ends() -> None:
+    batcher, allocator = make()
+    sequence = join(batcher, 6)
+    runs = batcher.schedule()
+    batcher.close(sequence)
+    assert allocator.num_free == allocator.num_blocks - 2
+    batcher.complete(runs)
+    assert allocator.num_free == allocator.num_blocks
+
+
+class DecodeBatcherMachine(RuleBasedStateMachine):
+    """Any order of arrivals, steps and cancels conserves blocks, never starves and never loses a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher, self.allocator = make(num_blocks=8, max_batch=3, max_sequences=6, recompute_budget=5)
+        self.sequences: list[SequenceState] = []
+        self.flight: list[Run] = []
+
+    @rule(num_tokens=st.integers(1, 12), more=st.integers(1, 24))
+    def arrive(self, num_tokens: int, more: int) -> None:
+        sequence = SequenceState([1] * num_tokens, max_total_tokens=num_tokens + more)
+        try:
+            self.batcher.reserve(sequence)
+        except TandemError:
+            return
+        self.sequences.append(sequence)
+
+    @precondition(lambda self: any(s.stage is Stage.PULLING for s in self.sequences))
+    @rule()
+    def pulled(self) -> None:
+        sequence = next(s for s in self.sequences if s.stage is Stage.PULLING)
+        self.batcher.activate(sequence, sequence.num_tokens)
+        sequence.token_ids.append(2)
+
+    @precondition(lambda self: not self.flight)
+    @rule()
+    def begin_step(self) -> None:
+        self.flight = self.batcher.schedule()
+        assert len(self.flight) <= 3
+        for run in self.flight:
+            assert len(run.block_ids) * BLOCK_TOKENS >= run.start + run.num_tokens
+        active = [s for s in self.sequences if s.stage is Stage.ACTIVE]
+        assert bool(self.flight) == bool(active), "an active sequence, and nothing to do"
+
+    @rule()
+    def end_step(self) -> None:
+        self.batcher.complete(self.flight)
+        for run in self.flight:
+            sequence = run.sequence
+            if run.draws and sequence.stage is Stage.ACTIVE:
+                sequence.token_ids.append(3)
+                if sequence.num_tokens >= sequence.max_total_tokens:
+                    self.close(sequence)
+        self.flight = []
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.close(data.draw(st.sampled_from(self.sequences)))
+
+    def close(self, sequence: SequenceState) -> None:
+        self.sequences.remove(sequence)
+        self.batcher.close(sequence)
+        self.batcher.close(sequence)
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.allocator.check_integrity()
+
+    def teardown(self) -> None:
+        """Everybody's KV arrives, nobody else comes: everyone must finish, in a bounded number of steps."""
+        self.end_step()
+        while any(s.stage is Stage.PULLING for s in self.sequences):
+            self.pulled()
+        for sequence in list(self.sequences):
+            if sequence.num_tokens >= sequence.max_total_tokens:
+                self.close(sequence)
+        steps = 0
+        while self.sequences:
+            self.begin_step()
+            self.end_step()
+            steps += 1
+            assert steps < 1000, "no progress"
+        assert self.allocator.num_free == self.allocator.num_blocks
+
+
+TestDecodeBatcherMachine = DecodeBatcherMachine.TestCase
+TestDecodeBatcherMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

@@ -1,0 +1,161 @@
+"""The prefill batcher: order, budget, chunking, and who holds which block when."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llm.kv.allocator import BlockAllocator
+from prefill_svc.batcher import BatcherLimits, Chunk, PrefillBatcher, PromptState
+from tandem.errors import Reason, TandemError
+
+BLOCK_TOKENS = 4
+
+
+def make(num_blocks: int = 16, token_budget: int = 8, max_prompts: int = 8) -> tuple[PrefillBatcher, BlockAllocator]:
+    allocator = BlockAllocator(num_blocks, BLOCK_TOKENS)
+    return PrefillBatcher(allocator, BatcherLimits(token_budget, max_prompts)), allocator
+
+
+def submit(batcher: PrefillBatcher, num_tokens: int, first_token: int = 0) -> PromptState:
+    prompt = PromptState(list(range(first_token, first_token + num_tokens)))
+    batcher.submit(prompt)
+    batcher.admit()
+    return prompt
+
+
+def step(batcher: PrefillBatcher) -> list[tuple[PromptState, int, int]]:
+    chunks = batcher.schedule()
+    batcher.complete(chunks)
+    return [(chunk.prompt, chunk.start, chunk.num_tokens) for chunk in chunks]
+
+
+def test_prompts_are_packed_in_order_of_arrival_within_the_budget() -> None:
+    batcher, _ = make(token_budget=8)
+    first, second, third = submit(batcher, 3, 100), submit(batcher, 4, 200), submit(batcher, 4, 300)
+    assert step(batcher) == [(first, 0, 3), (second, 0, 4), (third, 0, 1)]
+    assert step(batcher) == [(third, 1, 3)]
+    assert step(batcher) == []
+
+
+def test_a_long_prompt_is_chunked() -> None:
+    batcher, _ = make(token_budget=8)
+    prompt = submit(batcher, 20)
+    assert [step(batcher)[0][1:] for _ in range(3)] == [(0, 8), (8, 8), (16, 4)]
+    assert prompt.complete
+
+
+def test_a_repeated_prompt_computes_only_what_is_not_cached() -> None:
+    batcher, _ = make()
+    first = submit(batcher, 10)
+    while step(batcher):
+        pass
+    batcher.close(first)
+    again = submit(batcher, 10)
+    assert again.num_cached_tokens == 8
+    assert step(batcher) == [(again, 8, 2)]
+
+
+def test_a_prompt_waits_for_blocks_and_nobody_overtakes_it() -> None:
+    batcher, allocator = make(num_blocks=4)
+    first = submit(batcher, 12, 100)
+    big, small = submit(batcher, 8, 200), submit(batcher, 2, 300)
+    assert (batcher.num_running, batcher.num_waiting, allocator.num_free) == (1, 2, 1)
+    while step(batcher):
+        pass
+    batcher.close(first)
+    assert batcher.admit() == [big, small]
+
+
+def test_a_prompt_larger_than_the_pool_is_refused() -> None:
+    batcher, _ = make(num_blocks=2)
+    with pytest.raises(TandemError) as caught:
+        batcher.submit(PromptState(list(range(9))))
+    assert caught.value.reason is Reason.KV_BLOCKS_EXHAUSTED
+
+
+def test_too_many_prompts_are_refused() -> None:
+    batcher, _ = make(max_prompts=1)
+    submit(batcher, 2)
+    with pytest.raises(TandemError) as caught:
+        batcher.submit(PromptState([1]))
+    assert caught.value.reason is Reason.QUEUE_FULL
+
+
+def test_closing_in_the_middle_of_a_step_keeps_the_blocks_until_the_step_ends() -> None:
+    batcher, allocator = make(num_blocks=2)
+    prompt = submit(batcher, 8)
+    chunks = batcher.schedule()
+    batcher.close(prompt)
+    assert allocator.num_free == 0
+    batcher.complete(chunks)
+    assert allocator.num_free == 2
+
+
+class PrefillBatcherMachine(RuleBasedStateMachine):
+    """Any order of arrivals, steps, cancels and releases of shared blocks conserves blocks and loses no prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher, self.allocator = make(num_blocks=12, token_budget=6, max_prompts=5)
+        self.prompts: list[PromptState] = []
+        self.flight: list[Chunk] = []
+        self.tickets: list[list[int]] = []
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40))
+    def arrive(self, tokens: list[int]) -> None:
+        prompt = PromptState(tokens)
+        try:
+            self.batcher.submit(prompt)
+        except TandemError:
+            return
+        self.prompts.append(prompt)
+
+    @rule()
+    def admit(self) -> None:
+        for prompt in self.batcher.admit():
+            self.allocator.share(prompt.block_ids)
+            self.tickets.append(prompt.block_ids)
+
+    @precondition(lambda self: not self.flight)
+    @rule()
+    def begin_step(self) -> None:
+        self.flight = self.batcher.schedule()
+        assert sum(chunk.num_tokens for chunk in self.flight) <= 6
+        for chunk in self.flight:
+            assert chunk.start == chunk.prompt.num_computed_tokens
+
+    @rule()
+    def end_step(self) -> None:
+        self.batcher.complete(self.flight)
+        self.flight = []
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        prompt = data.draw(st.sampled_from(self.prompts))
+        self.prompts.remove(prompt)
+        self.batcher.close(prompt)
+        self.batcher.close(prompt)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def release_ticket(self, data: st.DataObject) -> None:
+        self.allocator.free(self.tickets.pop(data.draw(st.integers(0, len(self.tickets) - 1))))
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.allocator.check_integrity()
+
+    def teardown(self) -> None:
+        self.end_step()
+        for prompt in self.prompts:
+            self.batcher.close(prompt)
+        for blocks in self.tickets:
+            self.allocator.free(blocks)
+        assert self.allocator.num_free == self.allocator.num_blocks
+        assert self.batcher.num_prompts == self.batcher.num_queued_tokens == 0
+
+
+TestPrefillBatcherMachine = PrefillBatcherMachine.TestCase
+TestPrefillBatcherMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
