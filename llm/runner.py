@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,13 +23,13 @@ class RunnerSettings:
     """How one worker computes."""
 
     role: Literal["prefill", "decode"]
-    cache_directory: Path
-    """Where converted weights, compiled kernels and measurements are kept."""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights, and KV: "float32" is exact with float32 KV; the others have bfloat16 KV."""
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
+    cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
+    """Where converted weights are kept."""
 
 
 class Pool(Protocol):

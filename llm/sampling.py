@@ -1,0 +1,181 @@
+"""Draws tokens. Each result is a pure function of its own row: logits, parameters, seed, position and token history.
+
+So a request draws the same tokens alone or among others, on one worker or another, moved or resumed. For that, sums over a row
+run in numpy, on one thread and in one order, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm.sampling_params import SamplingParams
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+_GROUP = 256
+"""Probabilities are summed in groups of this many tokens, and only the group that the draw falls into is scanned."""
+_FIRST_CANDIDATES = 512
+"""top_p looks at this many of the likeliest tokens first, and sorts all only if they do not reach it."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What is known of a row. The token drawn has position len(token_ids)."""
+
+    params: SamplingParams
+    token_ids: Sequence[int]
+    """Prompt and completion so far."""
+    num_prompt_tokens: int
+    forbidden_token_ids: Sequence[int] = ()
+    num_logprobs: int | None = None
+    """How many of the likeliest tokens to report beside the drawn one; None reports nothing."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A token; its log-probability and the likeliest tokens under the unmodified logits, if they were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    """logits [rows, vocab] float32, left as they are -> one token a row."""
+    assert logits.shape[0] == len(rows), "one row of logits for each sequence"
+    drawn: dict[int, int] = {}
+    plain = [index for index, row in enumerate(rows) if _is_plain_greedy(row)]
+    if plain:
+        likeliest = (logits if len(plain) == len(rows) else logits[plain]).argmax(dim=-1).tolist()
+        drawn = dict(zip(plain, likeliest, strict=True))
+    return [_sample_row(logits[index], row, drawn.get(index)) for index, row in enumerate(rows)]
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[SampledToken]:
+    """The log-probabilities of given tokens, one for each row of logits [rows, vocab], and of the `count` likeliest."""
+    return [_with_logprobs(row.cpu().numpy(), token, count) for row, token in zip(logits, token_ids, strict=True)]
+
+
+def uniform(seed: int, position: int) -> float:
+    """In [0, 1), 53 bits: a hash of seed and position, so there is no generator state to keep or ship."""
+    key = (seed % (1 << 64)).to_bytes(8, "little") + position.to_bytes(8, "little")
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) / (1 << 53)
+
+
+def _is_plain_greedy(row: SampleRow) -> bool:
+    return row.params.is_greedy and not row.params.has_penalties and not row.forbidden_token_ids
+
+
+def _sample_row(logits: torch.Tensor, row: SampleRow, drawn: int | None) -> SampledToken:
+    if drawn is not None and row.num_logprobs is None:
+        return SampledToken(drawn)
+    raw: Floats = logits.cpu().numpy()
+    token = _draw(raw, row) if drawn is None else drawn
+    return SampledToken(token) if row.num_logprobs is None else _with_logprobs(raw, token, row.num_logprobs)
+
+
+def _draw(raw: Floats, row: SampleRow) -> int:
+    params = row.params
+    values = _adjust(raw, row)
+    if params.is_greedy:
+        return int(values.argmax())
+    random = uniform(params.seed, len(row.token_ids))
+    weights = _weights(values, params.temperature)
+    if not params.has_filters:
+        return _pick(weights, random)
+    kept = _filter(weights, params)
+    return int(kept[_pick(weights[kept], random)])
+
+
+def _adjust(raw: Floats, row: SampleRow) -> Floats:
+    """Penalties and forbidden tokens, on a copy if there are any."""
+    if not row.params.has_penalties and not row.forbidden_token_ids:
+        return raw
+    values = raw.copy()
+    if row.params.has_penalties:
+        _penalise(values, row)
+    values[list(row.forbidden_token_ids)] = -np.inf
+    return values
+
+
+def _penalise(values: Floats, row: SampleRow) -> None:
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.asarray(row.token_ids, dtype=np.int64))
+        factor = np.float32(params.repetition_penalty)
+        values[seen] = np.where(values[seen] > 0, values[seen] / factor, values[seen] * factor)
+    written, counts = np.unique(np.asarray(row.token_ids[row.num_prompt_tokens :], dtype=np.int64), return_counts=True)
+    values[written] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+
+
+def _weights(values: Floats, temperature: float) -> Floats:
+    """Probabilities up to a factor; the likeliest token's is 1."""
+    with np.errstate(over="ignore", under="ignore"):
+        shifted = (values - values.max()) / np.float32(max(temperature, 1e-30))
+        return np.exp(shifted, dtype=np.float32)
+
+
+def _pick(weights: Floats, random: float) -> int:
+    """The first index at which the running sum exceeds random * total: inverts the distribution, in the order given."""
+    starts = np.arange(0, len(weights), _GROUP)
+    running = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
+    target = random * running[-1]
+    group = min(int(np.searchsorted(running, target, side="right")), len(starts) - 1)
+    before = running[group - 1] if group else 0.0
+    within = before + weights[starts[group] : starts[group] + _GROUP].cumsum(dtype=np.float64)
+    index = int(starts[group]) + int(np.searchsorted(within, target, side="right"))
+    return index if index < len(weights) and weights[index] > 0 else int(np.flatnonzero(weights[: index + 1])[-1])
+
+
+def _filter(weights: Floats, params: SamplingParams) -> Ids:
+    """The tokens that may be drawn, ascending: top_k of all, of those the top_p nucleus, of those the ones that pass min_p."""
+    kept = _top_k(weights, params.top_k) if 0 < params.top_k < len(weights) else None
+    if params.top_p < 1.0:
+        kept = _top_p(weights, kept, params.top_p)
+    if kept is None:
+        kept = np.arange(len(weights))
+    if params.min_p > 0.0:
+        kept = kept[weights[kept] >= np.float32(params.min_p) * weights[kept].max()]
+    return kept
+
+
+def _top_k(weights: Floats, count: int) -> Ids:
+    """The `count` likeliest, ascending by id; among equals the lower ids."""
+    boundary = np.partition(weights, len(weights) - count)[len(weights) - count]
+    above = np.flatnonzero(weights > boundary)
+    equal = np.flatnonzero(weights == boundary)[: count - len(above)]
+    return np.sort(np.concatenate((above, equal)))
+
+
+def _top_p(weights: Floats, kept: Ids | None, top_p: float) -> Ids:
+    """The shortest run of the likeliest tokens whose share of the total reaches top_p, ascending by id."""
+    total = float((weights if kept is None else weights[kept]).sum(dtype=np.float64))
+    if kept is None and len(weights) > _FIRST_CANDIDATES:
+        candidates = _top_k(weights, _FIRST_CANDIDATES)
+        if float(weights[candidates].sum(dtype=np.float64)) >= top_p * total:
+            return _nucleus(weights, candidates, top_p * total)
+    return _nucleus(weights, np.arange(len(weights)) if kept is None else kept, top_p * total)
+
+
+def _nucleus(weights: Floats, candidates: Ids, mass: float) -> Ids:
+    ordered = candidates[np.argsort(-weights[candidates], kind="stable")]
+    running = weights[ordered].cumsum(dtype=np.float64)
+    return np.sort(ordered[: int(np.searchsorted(running, mass, side="left")) + 1])
+
+
+def _with_logprobs(raw: Floats, token: int, count: int) -> SampledToken:
+    highest = raw.max()
+    normalizer = float(highest) + float(np.log(np.exp(raw - highest).sum(dtype=np.float64)))
+    if not count:
+        return SampledToken(token, float(raw[token]) - normalizer)
+    likeliest = _top_k(raw, min(count, len(raw)))
+    ordered = likeliest[np.argsort(-raw[likeliest], kind="stable")]
+    top = tuple((int(index), float(raw[index]) - normalizer) for index in ordered)
+    return SampledToken(token, float(raw[token]) - normalizer, top)
