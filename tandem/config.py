@@ -22,7 +22,27 @@ KNOWN_VARIABLES: frozenset[str] = frozenset(
         "TANDEM_EXIT_WITH_PARENT",
         "TANDEM_REFLECTION",
         "TANDEM_MAX_CONCURRENT_STREAMS",
-        # Models, read outside the settings classes.
+        # Workers: weights, KV pool, hand-off.
+        "TANDEM_MODEL",
+        "TANDEM_DEVICE",
+        "TANDEM_DTYPE",
+        "TANDEM_THREADS",
+        "TANDEM_KV_BLOCKS",
+        "TANDEM_KV_MEMORY_MIB",
+        "TANDEM_BLOCK_TOKENS",
+        "TANDEM_PREFIX_CACHE",
+        "TANDEM_TRANSPORTS",
+        "TANDEM_LEASE_S",
+        "TANDEM_KV_HOST",
+        "TANDEM_ADVERTISED_HOST",
+        # Prefill workers.
+        "TANDEM_TOKEN_BUDGET",
+        "TANDEM_MAX_PROMPTS",
+        # Decode workers.
+        "TANDEM_MAX_BATCH",
+        "TANDEM_MAX_SEQUENCES",
+        "TANDEM_RECOMPUTE_BUDGET",
+        # Read outside the settings classes.
         "TANDEM_CACHE_DIR",
     }
 )

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
@@ -56,6 +56,12 @@ class Server:
         self._service_names: list[str] = []
         self._stopping = asyncio.Event()
         self._ready = False
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The bound port; 0 before `start`."""
+        return self._port
 
     @property
     def ready(self) -> bool:
@@ -76,10 +82,10 @@ class Server:
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health, health.SERVICE_NAME)
         if self._settings.reflection:
             reflection.enable_server_reflection((*self._service_names, reflection.SERVICE_NAME), self._server)
-        port = self._bind()
+        self._port = self._bind()
         self.set_ready(False)
         await self._server.start()
-        return port
+        return self._port
 
     def set_ready(self, ready: bool) -> None:
         """Whether this process takes work; health watchers learn it at once."""
@@ -156,17 +162,16 @@ def server_options(max_concurrent_streams: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-def run(main: Coroutine[Any, Any, int | None]) -> int:
-    """Runs a process's main coroutine on uvloop, with logging on standard error; returns the exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def run(main: Coroutine[Any, Any, int | None]) -> NoReturn:
+    """Runs a process's main coroutine on uvloop and exits with its result, None being 0; an exception ends with a traceback and 1."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
-            return runner.run(main) or 0
+            raise SystemExit(runner.run(main) or 0)
         except ListenError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            raise SystemExit(1) from error
         except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -4,7 +4,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import grpc.aio
 
@@ -16,17 +15,13 @@ from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
 SERVICE_NAME: str = status_pb2.DESCRIPTOR.services_by_name["WorkerStatusService"].full_name
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
-Role = Literal["prefill", "decode"]
-
-_ROLES = {"prefill": operations_pb2.WORKER_ROLE_PREFILL, "decode": operations_pb2.WORKER_ROLE_DECODE}
-
 
 @dataclass(frozen=True)
 class WorkerIdentity:
     """What never changes while a worker lives. `worker_id` is a UUID made at process start; `transports` are best first."""
 
     worker_id: str
-    role: Role
+    role: operations_pb2.WorkerRole
     model_digest: str
     tokenizer_digest: str
     layout: kv_pb2.KvLayout
@@ -39,7 +34,7 @@ class WorkerIdentity:
 class WorkerSnapshot:
     """A worker's state at one moment. `queued_tokens` are still to compute, for waiting and running requests."""
 
-    role: Role
+    role: operations_pb2.WorkerRole
     ready: bool
     queued_requests: int
     queued_tokens: int
@@ -109,7 +104,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
         return status_pb2.WatchResponse(
             sequence_number=self._sequence_number,
             worker_id=identity.worker_id,
-            role=_ROLES[identity.role],
+            role=identity.role,
             ready=snapshot.ready,
             model_digest=identity.model_digest,
             tokenizer_digest=identity.tokenizer_digest,

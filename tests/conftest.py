@@ -1,0 +1,20 @@
+"""What all tests share: an environment without the developer's own settings."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _forget_own_settings() -> None:
+    for key in [key for key in os.environ if key.startswith(("TANDEM_", "OTEL_")) and key != "TANDEM_CACHE_DIR"]:
+        del os.environ[key]
+
+
+_forget_own_settings()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return Path(__file__).resolve().parent.parent
