@@ -78,7 +78,11 @@ class Server:
         self._service_names.append(service_name)
 
     async def start(self) -> int:
-        """Listens and answers, not ready yet; returns the port. ListenError if the address is taken."""
+        """Listens and answers, not ready yet; returns the port. ListenError if the address is taken.
+
+        From here on signals, and the parent's end, lead to the ordered shutdown of `run_until_stopped`.
+        """
+        self._watch_for_the_end()
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health, health.SERVICE_NAME)
         if self._settings.reflection:
             reflection.enable_server_reflection((*self._service_names, reflection.SERVICE_NAME), self._server)
@@ -104,7 +108,6 @@ class Server:
         that still run get what is left of `grace_s`; `close()`, which frees engines and pools; spans are flushed. A step that
         raises does not keep the later ones from running.
         """
-        self._watch_for_the_end()
         await self._stopping.wait()
         await self._shut_down(drain, close)
 
@@ -163,7 +166,7 @@ def server_options(max_concurrent_streams: int) -> tuple[tuple[str, int], ...]:
 
 
 def run(main: Coroutine[Any, Any, int | None]) -> NoReturn:
-    """Runs a process's main coroutine on uvloop and exits with its result, None being 0; an exception ends with a traceback and 1."""
+    """Runs a process's main coroutine on uvloop and exits with its result; None is 0, an exception a traceback and 1."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             raise SystemExit(runner.run(main) or 0)

@@ -171,7 +171,7 @@ def four_kinds():
         yield request
 
     async def first(requests, context):
-        return [request async for request in requests][0]
+        return await anext(requests)
 
     async def each(requests, context):
         async for request in requests:
