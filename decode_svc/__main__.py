@@ -18,7 +18,7 @@ def main() -> None:
     prepare_compute(settings.weights)
     from decode_svc.worker import serve  # torch reads its environment when imported
 
-    raise SystemExit(run(serve(settings)))
+    run(serve(settings))
 
 
 if __name__ == "__main__":

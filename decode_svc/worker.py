@@ -12,6 +12,7 @@ from kvtransfer.puller import KvPuller
 from kvtransfer.wire import layout_to_proto
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
+from tandem.api.v1 import operations_pb2
 from tandem.channels import open_channel
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
@@ -29,7 +30,9 @@ async def serve(settings: DecodeSettings) -> None:
     weights = settings.weights
     runner_settings = RunnerSettings("decode", cache_directory(), weights.device, weights.dtype, weights.threads or None)
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
-    await DecodeWorker(settings, files, loaded).run()
+    worker = DecodeWorker(settings, files, loaded)
+    await worker.start()
+    await worker.run_until_stopped()
 
 
 class DecodeWorker:
@@ -56,14 +59,23 @@ class DecodeWorker:
         self._status = StatusServicer(self._identity(files), self._snapshot)
         self._add_services()
 
-    async def run(self) -> None:
+    async def start(self) -> str:
+        """Serves; returns host:port."""
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
         logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
+        return f"{self._settings.server.host}:{port}"
+
+    async def run_until_stopped(self) -> None:
+        """Returns after an ordered shutdown; raises what broke the engine."""
         await self._server.run_until_stopped(self._drain, self._close)
         if self._failure is not None:
             raise self._failure
+
+    def stop(self) -> None:
+        """Begins the shutdown."""
+        self._server.stop()
 
     def _add_services(self) -> None:
         server = self._server
@@ -73,7 +85,7 @@ class DecodeWorker:
     def _identity(self, files: ModelFiles) -> WorkerIdentity:
         return WorkerIdentity(
             worker_id=uuid.uuid4().hex,
-            role="decode",
+            role=operations_pb2.WORKER_ROLE_DECODE,
             model_digest=files.digest,
             tokenizer_digest=files.tokenizer_digest,
             layout=layout_to_proto(self._loaded.layout),
@@ -85,7 +97,7 @@ class DecodeWorker:
     def _snapshot(self) -> WorkerSnapshot:
         load = self._engine.load()
         return WorkerSnapshot(
-            role="decode",
+            role=operations_pb2.WORKER_ROLE_DECODE,
             ready=self._server.ready,
             queued_requests=load.num_waiting,
             queued_tokens=0,

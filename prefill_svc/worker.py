@@ -15,6 +15,7 @@ from prefill_svc.engine import PrefillEngine
 from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port
+from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
 from tandem.models import ModelFiles, cache_directory, resolve_model
@@ -33,7 +34,8 @@ async def serve(settings: PrefillSettings) -> None:
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
     port = settings.server.port or free_port(settings.server.host)
     worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
-    await worker.run()
+    await worker.start()
+    await worker.run_until_stopped()
 
 
 class PrefillWorker:
@@ -53,15 +55,24 @@ class PrefillWorker:
         self._status = StatusServicer(self._identity(files), self._snapshot)
         self._add_services()
 
-    async def run(self) -> None:
+    async def start(self) -> str:
+        """Serves; returns host:port."""
         await self._producer.start()
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
         logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
+        return f"{self._settings.server.host}:{port}"
+
+    async def run_until_stopped(self) -> None:
+        """Returns after an ordered shutdown; raises what broke the engine."""
         await self._server.run_until_stopped(self._drain, self._close)
         if self._failure is not None:
             raise self._failure
+
+    def stop(self) -> None:
+        """Begins the shutdown."""
+        self._server.stop()
 
     def _make_producer(self, files: ModelFiles) -> KvProducer:
         transfer, server = self._settings.transfer, self._settings.server
@@ -87,7 +98,7 @@ class PrefillWorker:
     def _identity(self, files: ModelFiles) -> WorkerIdentity:
         return WorkerIdentity(
             worker_id=self._producer.identity.producer_id,
-            role="prefill",
+            role=operations_pb2.WORKER_ROLE_PREFILL,
             model_digest=files.digest,
             tokenizer_digest=files.tokenizer_digest,
             layout=layout_to_proto(self._loaded.layout),
@@ -99,7 +110,7 @@ class PrefillWorker:
     def _snapshot(self) -> WorkerSnapshot:
         load = self._engine.load()
         return WorkerSnapshot(
-            role="prefill",
+            role=operations_pb2.WORKER_ROLE_PREFILL,
             ready=self._server.ready,
             queued_requests=load.num_waiting,
             queued_tokens=load.num_queued_tokens,

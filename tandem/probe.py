@@ -1,4 +1,4 @@
-"""`python -m tandem.probe ADDRESS [SERVICE]`: exit code 0 if a gRPC health service there says SERVING, for container health checks."""
+"""`python -m tandem.probe ADDRESS [SERVICE]`: exits with 0 if the gRPC health service there says SERVING. For container checks."""
 
 import sys
 

@@ -1,0 +1,201 @@
+"""Prefill and decode workers together over real gRPC and real transports, with the fake model that reads its memory from KV."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import grpc
+import pytest
+
+from tandem.api.v1 import generation_pb2
+from tandem.errors import Reason, from_rpc_error
+from tandem.worker.v1 import prefill_pb2
+from tests.fakes.runner import completion
+from tests.service.workers.harness import Pair, decode_request, generate, node, open_decode, open_prefill, pair, prefill_request
+
+PROMPT = [(7 * index + 3) % 251 for index in range(41)]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("token_budget", [4, 7, 512])
+async def test_tokens_are_those_of_an_unsplit_run(transport: str, token_budget: int) -> None:
+    async with pair(transport, token_budget=token_budget) as nodes:
+        tokens, finished = await generate(nodes, prefill_request(PROMPT, max_tokens=9))
+        assert tokens == completion(PROMPT, 9)
+        assert finished.reason == generation_pb2.FINISH_REASON_LENGTH
+        await nodes.prefill.wait_idle()
+        await nodes.decode.wait_idle()
+
+
+async def test_many_requests_at_once_do_not_mix() -> None:
+    prompts = [[(index * 31 + position) % 251 for position in range(1 + 5 * index)] for index in range(12)]
+    async with pair("shm", token_budget=16) as nodes:
+        answers = await asyncio.gather(*(generate(nodes, prefill_request(prompt)) for prompt in prompts))
+        assert [tokens for tokens, _ in answers] == [completion(prompt, 8) for prompt in prompts]
+        await nodes.prefill.wait_idle()
+        await nodes.decode.wait_idle()
+
+
+async def test_the_prefix_cache_is_used_and_seen_and_changes_nothing() -> None:
+    async with pair() as nodes:
+        first, _ = await generate(nodes, prefill_request(PROMPT))
+        call = open_prefill(nodes.prefill, prefill_request(PROMPT))
+        assert (await call.read()).admitted.cached_tokens == 40
+        call.cancel()
+        again, _ = await generate(nodes, prefill_request(PROMPT))
+        assert first == again == completion(PROMPT, 8)
+
+
+async def test_an_end_token_ends_the_completion_wherever_it_is_drawn() -> None:
+    expected = completion(PROMPT, 8)
+    async with pair() as nodes:
+        for position in (0, 1, 5):
+            rule = prefill_pb2.StopRule(max_tokens=8, end_token_ids=[expected[position]])
+            tokens, finished = await generate(nodes, prefill_request(PROMPT, stop_rule=rule))
+            assert tokens == expected[: expected.index(expected[position]) + 1]
+            assert finished.reason == generation_pb2.FINISH_REASON_STOP
+
+
+async def test_min_tokens_keeps_an_end_token_from_being_drawn() -> None:
+    async with pair() as nodes:
+        end = completion(PROMPT, 1)
+        rule = prefill_pb2.StopRule(max_tokens=4, min_tokens=4, end_token_ids=end)
+        tokens, _ = await generate(nodes, prefill_request(PROMPT, stop_rule=rule))
+        assert len(tokens) == 4
+        assert end[0] not in tokens
+
+
+async def test_a_resumed_request_continues_as_if_never_interrupted() -> None:
+    expected = completion(PROMPT, 10)
+    async with pair() as nodes:
+        request = prefill_request(PROMPT + expected[:4], 10, num_prompt_tokens=len(PROMPT), attempt=2)
+        tokens, _ = await generate(nodes, request)
+        assert tokens == expected[4:]
+
+
+async def test_prompt_logprobs_cover_every_token_after_the_first_whatever_the_chunks() -> None:
+    async with pair(token_budget=8) as nodes:
+        for _ in range(2):
+            call = open_prefill(nodes.prefill, prefill_request(PROMPT, prompt_logprobs=2, first_token_only=True))
+            events = [event async for event in call]
+            assert not events[0].admitted.HasField("ticket")
+            assert events[0].admitted.cached_tokens == 0
+            scored = events[1].first_token.prompt_logprobs
+            assert [token.token_id for token in scored] == PROMPT[1:]
+            assert all(len(token.top) == 2 for token in scored)
+        await nodes.prefill.wait_idle()
+
+
+async def test_preempted_sequences_finish_with_the_same_tokens() -> None:
+    prompts = [[index, *PROMPT[:9]] for index in range(4)]
+    async with node("prefill") as prefill, node("decode", num_blocks=13) as decode:
+        nodes = Pair(prefill, decode)
+        answers = await asyncio.gather(*(generate(nodes, prefill_request(prompt, max_tokens=20)) for prompt in prompts))
+        assert [tokens for tokens, _ in answers] == [completion(prompt, 20) for prompt in prompts]
+        assert sum(finished.num_preemptions for _, finished in answers) > 0
+        await decode.wait_idle()
+
+
+async def test_decode_refuses_before_anything_is_pulled() -> None:
+    async with node("prefill") as prefill, node("decode", num_blocks=3) as decode:
+        request = prefill_request(PROMPT[:14], max_tokens=20)
+        call = open_prefill(prefill, request)
+        admitted = (await call.read()).admitted
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await open_decode(decode, decode_request(admitted, request)).read()
+        error = from_rpc_error(caught.value)
+        assert (error.reason, caught.value.code()) == (Reason.KV_BLOCKS_EXHAUSTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        call.cancel()
+        await prefill.wait_idle()
+
+
+async def test_another_model_is_refused() -> None:
+    async with pair() as nodes:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await open_prefill(nodes.prefill, prefill_request(PROMPT, model_digest="other")).read()
+        assert from_rpc_error(caught.value).reason is Reason.MODEL_MISMATCH
+
+
+Cancel = Callable[[Pair], Awaitable[None]]
+
+
+async def _cancel_before_admission(nodes: Pair) -> None:
+    """The first request takes the whole pool, so the second waits for blocks."""
+    big = open_prefill(nodes.prefill, prefill_request(list(range(250))))
+    assert (await big.read()).HasField("admitted")
+    waiting = open_prefill(nodes.prefill, prefill_request(PROMPT))
+    reading = asyncio.create_task(waiting.read())
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    big.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _cancel_in_a_chunk(nodes: Pair) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(5)
+
+    nodes.prefill.runner.gate = hold
+    call = open_prefill(nodes.prefill, prefill_request(PROMPT))
+    await call.read()
+    await asyncio.to_thread(entered.wait, 5)
+    call.cancel()
+    leave.set()
+    nodes.prefill.runner.gate = lambda: None
+
+
+async def _cancel_while_pulling(nodes: Pair) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(5)
+
+    request = prefill_request(PROMPT)
+    nodes.prefill.runner.gate = hold
+    prefill = open_prefill(nodes.prefill, request)
+    decode = open_decode(nodes.decode, decode_request((await prefill.read()).admitted, request))
+    assert (await decode.read()).HasField("reserved")
+    await asyncio.to_thread(entered.wait, 5)
+    decode.cancel()
+    prefill.cancel()
+    leave.set()
+    nodes.prefill.runner.gate = lambda: None
+
+
+async def _cancel_in_decode(nodes: Pair) -> None:
+    request = prefill_request(PROMPT, max_tokens=200)
+    prefill = open_prefill(nodes.prefill, request)
+    decode = open_decode(nodes.decode, decode_request((await prefill.read()).admitted, request))
+    async for event in decode:
+        if event.HasField("delta"):
+            break
+    decode.cancel()
+
+
+@pytest.mark.parametrize("cancel", [_cancel_before_admission, _cancel_in_a_chunk, _cancel_while_pulling, _cancel_in_decode])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_a_cancel_frees_every_block_within_half_a_second(cancel: Cancel, transport: str) -> None:
+    async with pair(transport) as nodes:
+        await cancel(nodes)
+        await nodes.prefill.wait_idle()
+        await nodes.decode.wait_idle()
+        assert (await generate(nodes, prefill_request(PROMPT)))[0] == completion(PROMPT, 8)
+
+
+async def test_a_broken_engine_fails_its_requests_and_ends_the_process() -> None:
+    async with node("prefill") as prefill:
+        stopped = asyncio.create_task(prefill.worker.run_until_stopped())
+
+        def explode() -> None:
+            raise RuntimeError("injected")
+
+        prefill.runner.gate = explode
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [event async for event in open_prefill(prefill, prefill_request(PROMPT))]
+        assert from_rpc_error(caught.value).reason is Reason.ENGINE_FAILED
+        with pytest.raises(RuntimeError, match="injected"):
+            await stopped
