@@ -1,0 +1,149 @@
+"""Commands and their options. Each command imports its own work when it runs, so that `tandem --help` is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+app = typer.Typer(
+    help=(
+        "Tandem serves a language model as a suite of gRPC services: a gateway, prefill workers that read the prompt, and decode "
+        "workers that write the answer.\n\nStart with [bold]tandem up[/], then ask from another terminal: "
+        '[bold]tandem generate "Why is the sky blue?"[/] or [bold]tandem chat[/].'
+    ),
+    epilog="Every command has --help. If something does not work, run `tandem doctor` first.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    """How weights are held and multiplied."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Address = Annotated[str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The gateway's gRPC address.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions to the model, before the conversation.")]
+Temperature = Annotated[float, typer.Option(help="How freely tokens are drawn; 0 always takes the likeliest.")]
+TopP = Annotated[float | None, typer.Option(help="Draw only from the likeliest tokens that reach this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Draw only from this many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Names the random numbers: same seed, same answer.")]
+
+
+@app.command()
+def up(
+    *,
+    model: Annotated[str, typer.Option("--model", "-m", envvar="TANDEM_MODEL", help="Name, path or hub name.")] = DEFAULT_MODEL,
+    prefill: Annotated[int, typer.Option(min=1, max=64, help="Number of prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, max=64, help="Number of decode workers.")] = 1,
+    host: Annotated[str, typer.Option(help="Interface that the gateway listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, envvar="TANDEM_PORT", help="The gateway's gRPC port.")] = 50051,
+    dtype: Annotated[Dtype | None, typer.Option(help="Weight format; float32 is exact. Default: TANDEM_DTYPE or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker. Default: its own choice.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(metavar="QUESTION", help="Ask this once it serves; repeatable.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log lines of all processes.")] = False,
+) -> None:
+    """Start the whole suite on this machine, and keep it running until Ctrl-C.
+
+    Fetches the model if need be, starts gateway and workers as processes, restarts one that dies, and stops all in order.
+    """
+    from tandem.cli.plan import SuitePlan
+    from tandem.cli.up import UpOptions, run_up
+
+    chosen = None if dtype is None else dtype.value
+    plan = SuitePlan(model, num_prefill=prefill, num_decode=decode, host=host, port=port, dtype=chosen, threads=threads)
+    run_up(UpOptions(plan, questions=tuple(ask or ()), once=once, verbose=verbose))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="As a conversation, or as plain text to go on from. Default: chat if the model can."),
+    ] = None,
+    system: System = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
+    logprobs: Annotated[int | None, typer.Option(metavar="N", help="Show each token's probability and its N likeliest.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, process by process.")] = False,
+) -> None:
+    """Stream one answer to standard output; a summary follows on standard error."""
+    from tandem.cli.generate import GenerateOptions, run_generate
+    from tandem.cli.requests import SamplingOptions
+
+    sampling = SamplingOptions(max_tokens, temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ()))
+    run_generate(GenerateOptions(prompt, address, sampling, chat=chat, system=system, logprobs=logprobs, trace=trace))
+
+
+@app.command()
+def chat(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    system: System = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.")] = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Talk with the model in the terminal. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    from tandem.cli.chat import run_chat
+    from tandem.cli.requests import SamplingOptions
+
+    run_chat(address, SamplingOptions(max_tokens, temperature, top_p=top_p, top_k=top_k, seed=seed), system)
+
+
+@app.command()
+def status(
+    address: Address = DEFAULT_ADDRESS,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second until Ctrl-C.")] = False,
+) -> None:
+    """Show the workers: queues, free KV blocks, speeds."""
+    from tandem.cli.status import run_status
+
+    run_status(address, watch)
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="A known name or a hub name.")] = DEFAULT_MODEL) -> None:
+    """Fetch a model into the cache and verify every byte of it."""
+    from tandem.cli.pull import run_pull
+
+    run_pull(model)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option("--model", "-m", help="The model to look for.")] = DEFAULT_MODEL,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to look at.")] = 50051,
+) -> None:
+    """Say what this machine can do, and what is missing for the rest."""
+    from tandem.cli.doctor import run_doctor
+
+    run_doctor(model, port)
+
+
+@app.command()
+def version() -> None:
+    """Show versions."""
+    from tandem.cli.versions import run_version
+
+    run_version()

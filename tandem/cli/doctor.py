@@ -1,0 +1,170 @@
+"""`tandem doctor`: what this machine can do, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tandem.cli.devices import TorchReport, cpu_features, torch_report
+from tandem.cli.terminal import output
+from tandem.cli.versions import DISTRIBUTION, installed
+from tandem.models import ModelError, cache_directory, resolve_model
+
+Mark = Literal["ok", "warn", "missing"]
+
+_STYLES: dict[Mark, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "missing": ("✗", "red")}
+_REQUIRED = (
+    *("torch", "numpy", "numba", "safetensors", "tokenizers", "gguf", "huggingface_hub", "jinja2"),
+    *("grpcio", "grpcio-health-checking", "grpcio-reflection", "grpcio-status", "protobuf", "msgpack", "uvloop", "xxhash"),
+    *("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc", "psutil", "rich", "typer"),
+)
+_FOR_GPUS = ("triton", "cupy-cuda13x")
+_MIN_FREE_BYTES = 1 << 30
+_MIN_MEMORY_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `needed`: without it the suite does not run here."""
+
+    mark: Mark
+    subject: str
+    detail: str
+    needed: bool = False
+
+
+Section = tuple[str, Callable[[], Iterator[Finding]]]
+
+
+def run_doctor(model: str, port: int) -> None:
+    """Print all findings; exit status 1 if something needed is missing."""
+    console, torch = output(), torch_report()
+    sections: Sequence[Section] = (
+        ("Devices", lambda: _devices(torch)),
+        ("Transports between workers", lambda: _transports(torch)),
+        ("Packages", _packages),
+        ("Files", lambda: _files(model)),
+        ("Network", lambda: _network(port)),
+    )
+    findings = [finding for title, look in sections for finding in _print_section(console, title, list(look()))]
+    broken = [finding.subject for finding in findings if finding.mark == "missing" and finding.needed]
+    verdict = f"Not ready: {', '.join(broken)}." if broken else "Ready: `tandem up` will run here."
+    console.print(Text(f"\n{verdict}", style="bold red" if broken else "bold green"), soft_wrap=True)
+    raise SystemExit(1 if broken else 0)
+
+
+def _print_section(console: Console, title: str, findings: list[Finding]) -> list[Finding]:
+    console.print(Text(f"\n{title}", style="bold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for finding in findings:
+        sign, style = _STYLES[finding.mark]
+        table.add_row(Text(f"  {sign}", style=style), Text(finding.subject), Text(finding.detail, style="dim", overflow="fold"))
+    console.print(table)
+    return findings
+
+
+def _devices(torch: TorchReport) -> Iterator[Finding]:
+    features = ", ".join(cpu_features()) or "no vector extensions known"
+    yield Finding("ok", "CPU", f"{_usable_cores()} cores usable, {platform.machine()}: {features}")
+    yield _memory()
+    if torch.error:
+        yield Finding("missing", "torch", torch.error, needed=True)
+        return
+    yield Finding("ok", "torch on CPU", f"{torch.version}, kernels for {torch.cpu_capability}, {torch.num_threads} threads")
+    if not torch.gpus:
+        why = "no GPU visible to CUDA" if torch.cuda_version else "this torch is built for CPUs only"
+        yield Finding("warn", "GPU", f"{why}; the suite computes on the CPU")
+    for number, gpu in enumerate(torch.gpus):
+        yield Finding("ok", f"GPU {number}", gpu)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    mark: Mark = "ok" if memory.available > _MIN_MEMORY_BYTES else "warn"
+    return Finding(mark, "memory", f"{_gib(memory.available)} of {_gib(memory.total)} available")
+
+
+def _transports(torch: TorchReport) -> Iterator[Finding]:
+    yield _shm()
+    yield Finding("ok", "tcp", "works between any two hosts")
+    for name, parts in (("cuda_ipc", ("triton", "cupy-cuda13x")), ("nccl", ("cupy-cuda13x",))):
+        missing = [] if torch.gpus else ["a CUDA GPU"]
+        missing += [part for part in parts if installed(part) is None]
+        needs = f"needs {', '.join(missing)}; " if missing else ""
+        yield Finding("warn", name, f"{needs}not in this version, which computes on CPUs")
+
+
+def _shm() -> Finding:
+    """Tries what the transport does: a memory file, opened through another descriptor's path."""
+    if not hasattr(os, "memfd_create"):
+        return Finding("warn", "shm", "needs Linux; workers of one host use tcp instead")
+    descriptor = os.memfd_create("tandem-doctor")
+    try:
+        os.close(os.open(f"/proc/{os.getpid()}/fd/{descriptor}", os.O_RDONLY))
+    except OSError as error:
+        return Finding("warn", "shm", f"/proc/PID/fd cannot be opened ({error.strerror}); workers use tcp instead")
+    finally:
+        os.close(descriptor)
+    return Finding("ok", "shm", "memory files can be mapped; the fastest way between workers of one host")
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("ok", "Python", platform.python_version())
+    for name in (DISTRIBUTION, *_REQUIRED):
+        version = installed(name)
+        yield Finding("ok" if version else "missing", name, version or "not installed", needed=True)
+    for name in _FOR_GPUS:
+        version = installed(name)
+        yield Finding("ok" if version else "warn", name, version or "not installed; only GPUs need it")
+
+
+def _files(model: str) -> Iterator[Finding]:
+    cache = cache_directory()
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    writable = os.access(existing, os.W_OK)
+    advice = "" if writable else "; not writable, set TANDEM_CACHE_DIR"
+    yield Finding("ok" if writable else "missing", "cache", f"{cache}{advice}", needed=True)
+    free = shutil.disk_usage(existing).free
+    yield Finding("ok" if free > _MIN_FREE_BYTES else "warn", "free disk", _gib(free))
+    try:
+        files = resolve_model(model, download=False)
+    except ModelError as error:
+        yield Finding("warn", "model", str(error).splitlines()[0])
+    else:
+        yield Finding("ok", "model", f"{files.name} at {files.path}" if files.path else files.name)
+
+
+def _network(port: int) -> Iterator[Finding]:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        yield _taken(port, error)
+    else:
+        yield Finding("ok", f"port {port}", "free")
+
+
+def _taken(port: int, error: OSError) -> Finding:
+    from tandem.probe import probe
+
+    if probe(f"127.0.0.1:{port}", "tandem.api.v1.GenerationService") == "SERVING":
+        return Finding("ok", f"port {port}", "a Tandem gateway serves there")
+    return Finding("warn", f"port {port}", f"{error.strerror}; use `tandem up --port`")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB"

@@ -1,0 +1,68 @@
+"""Which processes a suite on one machine consists of, and how they are started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from tandem.addresses import free_port
+from tandem.supervisor import ChildSpec
+
+LOOPBACK = "127.0.0.1"
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """What `tandem up` was told to start; None leaves a setting to its TANDEM_ variable and its default."""
+
+    model: str
+    num_prefill: int = 1
+    num_decode: int = 1
+    host: str = LOOPBACK
+    port: int = 50051
+    dtype: str | None = None
+    threads: int | None = None
+
+    @property
+    def address(self) -> str:
+        """Where this machine reaches the gateway."""
+        return f"{LOOPBACK if self.host in _WILDCARDS else self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A process of the suite: how to start it, where it listens, and the service whose health says that it serves."""
+
+    spec: ChildSpec
+    address: str
+    service: str
+
+
+def plan_members(plan: SuitePlan) -> list[Member]:
+    """The gateway first, then the workers, on free ports that they keep when they are started again."""
+    prefill = [_worker(plan, "prefill", number) for number in range(plan.num_prefill)]
+    decode = [_worker(plan, "decode", number) for number in range(plan.num_decode)]
+    return [_gateway(plan, _targets(prefill), _targets(decode)), *prefill, *decode]
+
+
+def _targets(members: list[Member]) -> str:
+    return ",".join(member.address for member in members)
+
+
+def _gateway(plan: SuitePlan, prefill_targets: str, decode_targets: str) -> Member:
+    flags = ("--model", plan.model, "--host", plan.host, "--port", str(plan.port))
+    targets = ("--prefill-targets", prefill_targets, "--decode-targets", decode_targets)
+    command = (sys.executable, "-m", "gateway", *flags, *targets, "--exit-with-parent")
+    return Member(ChildSpec("gateway", command, stop_order=0), plan.address, "tandem.api.v1.GenerationService")
+
+
+def _worker(plan: SuitePlan, role: str, number: int) -> Member:
+    """Decode workers stop before prefill workers, since they pull from them."""
+    port = free_port(LOOPBACK)
+    optional = {"--dtype": plan.dtype, "--threads": None if plan.threads is None else str(plan.threads)}
+    flags = [part for flag, value in optional.items() if value is not None for part in (flag, value)]
+    where = ("--model", plan.model, "--host", LOOPBACK, "--port", str(port))
+    command = (sys.executable, "-m", f"{role}_svc", *where, *flags, "--exit-with-parent")
+    spec = ChildSpec(f"{role}-{number}", command, stop_order=1 if role == "decode" else 2)
+    return Member(spec, f"{LOOPBACK}:{port}", f"tandem.worker.v1.{role.capitalize()}Service")
