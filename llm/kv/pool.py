@@ -1,0 +1,106 @@
+"""The memory that holds a worker's KV blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm.kv.layout import KvLayout
+
+MEMORY_NAME = "tandem-kv"
+"""Name of the pool's memory file; seen in /proc only."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# F_ADD_SEALS and the seals against resizing (Linux, fcntl.h): with them no reader of the pool can be hit by SIGBUS.
+_ADD_SEALS = 1033
+_NO_RESIZE = 0x1 | 0x2 | 0x4
+
+
+@dataclass(frozen=True)
+class SharedPool:
+    """How another process of this host finds the pool's memory."""
+
+    pid: int
+    fd: int
+    inode: int
+    boot_id: str
+    num_bytes: int
+
+
+class KvPool:
+    """`num_blocks` KV blocks of one layout on one device. The caller closes it.
+
+    On Linux and CPU the memory is an anonymous memory file: other processes may map it, and it is gone with the last process that
+    has it, however that ends.
+    """
+
+    def __init__(self, layout: KvLayout, tensor: torch.Tensor, memory: mmap.mmap | None, shared: SharedPool | None) -> None:
+        self.layout = layout
+        self.tensor = tensor
+        """[num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]"""
+        self.shared = shared
+        """None where the memory cannot be shared, or once closed."""
+        self.num_blocks: int = tensor.shape[0]
+        self._memory = memory
+        self._bytes = None if memory is None else memoryview(memory)
+
+    @classmethod
+    def create(cls, layout: KvLayout, num_blocks: int, device: str = "cpu") -> KvPool:
+        """A pool of zeros; its pages are taken from the system when they are first written."""
+        shape = (num_blocks, *layout.block_shape)
+        if torch.device(device).type != "cpu":
+            return cls(layout, torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device), None, None)
+        memory, shared = _allocate(num_blocks * layout.block_bytes)
+        return cls(layout, torch.frombuffer(memory, dtype=_DTYPES[layout.dtype]).view(shape), memory, shared)
+
+    def block_view(self, block_id: int) -> memoryview:
+        """A block's bytes, writable and not copied; on CPU only. IndexError if there is no such block."""
+        assert self._bytes is not None, "the pool is closed or not in host memory"
+        if not 0 <= block_id < self.num_blocks:
+            raise IndexError(f"the pool has no block {block_id}")
+        size = self.layout.block_bytes
+        return self._bytes[block_id * size : (block_id + 1) * size]
+
+    def close(self) -> None:
+        """Gives the memory back, as soon as no tensor and no view of it is left either. Idempotent."""
+        if self.shared is not None:
+            os.close(self.shared.fd)
+        self.shared = None
+        self.tensor = torch.empty(0)
+        # Whoever still has a tensor or view of the memory keeps it mapped; the last of them unmaps it.
+        with contextlib.suppress(BufferError):
+            if self._bytes is not None:
+                self._bytes.release()
+            if self._memory is not None:
+                self._memory.close()
+        self._bytes = self._memory = None
+
+
+def boot_id() -> str:
+    """Identifies the running kernel; empty where there is no such thing."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _allocate(num_bytes: int) -> tuple[mmap.mmap, SharedPool | None]:
+    if sys.platform != "linux":
+        return mmap.mmap(-1, num_bytes), None
+    fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, _ADD_SEALS, _NO_RESIZE)
+        memory = mmap.mmap(fd, num_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return memory, SharedPool(os.getpid(), fd, os.fstat(fd).st_ino, boot_id(), num_bytes)
