@@ -15,7 +15,7 @@ TRAILER = "grpc-status-details-bin"
 # The message travels twice (grpc-message percent-encoded, and in the details in base64) and peers drop calls whose trailers pass
 # 8 KiB, so everything that a request can inflate is cut.
 MESSAGE_BYTES = 512
-VIOLATION_BYTES = 256
+VIOLATION_BYTES = 192
 MAX_VIOLATIONS = 8
 METADATA_BYTES = 128
 

@@ -63,7 +63,10 @@ def tracer() -> trace.Tracer:
 
 
 def record_span(name: str, parent: Context | None, start_ns: int, end_ns: int, attributes: Attributes | None = None) -> None:
-    """Records a span after the fact, from any thread. Times are wall-clock nanoseconds, as time.time_ns gives them."""
+    """Records a span after the fact, from any thread. Times are wall-clock nanoseconds, as time.time_ns gives them.
+
+    Without a `parent` it belongs to the current span, or outside of one begins a trace.
+    """
     _tracer.start_span(name, context=parent, start_time=start_ns, attributes=attributes).end(end_time=end_ns)
 
 
