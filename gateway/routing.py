@@ -1,0 +1,181 @@
+"""Which workers take a request: a pure policy over what workers last said and what was sent to them since."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tandem.errors import Reason, TandemError
+
+
+class Role(Enum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a worker's KV blocks. Blocks can only travel between equal shapes. `dtype` is the number of KvDtype."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: int
+    tensor_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker as it last described itself; see WatchResponse in status.proto. `ready` is false while it cannot be reached."""
+
+    address: str
+    role: Role
+    worker_id: str = ""
+    ready: bool = False
+    model_digest: str = ""
+    tokenizer_digest: str = ""
+    layout: Layout | None = None
+    device: str = ""
+    weight_format: str = ""
+    transports: tuple[str, ...] = ()
+    total_blocks: int = 0
+    free_blocks: int = 0
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    running_requests: int = 0
+    max_requests: int = 0
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The pair that serves a request."""
+
+    prefill: Worker
+    decode: Worker
+
+
+@dataclass
+class _Sent:
+    """A request sent to a worker. Once it has `arrived`, the worker's next word counts it."""
+
+    num_tokens: int
+    arrived: bool = False
+
+
+@dataclass
+class _Pending:
+    sent: list[_Sent] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(request.num_tokens for request in self.sent)
+
+
+class PlacementLedger:
+    """Counts what was sent to each worker since it last spoke, so that a burst spreads before workers can say that they are busy."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, _Pending] = {}
+
+    @contextmanager
+    def sending(self, address: str, num_tokens: int) -> Iterator[Callable[[], None]]:
+        """Counts a request for as long as the worker cannot; gives what to call once the worker has answered for the first time."""
+        request = _Sent(num_tokens)
+        pending = self._pending.setdefault(address, _Pending())
+        pending.sent.append(request)
+        try:
+            yield lambda: setattr(request, "arrived", True)
+        finally:
+            if request in pending.sent:
+                pending.sent.remove(request)
+
+    def heard(self, address: str) -> None:
+        """A worker spoke: what had arrived by then is in its own numbers."""
+        pending = self._pending.get(address)
+        if pending is not None:
+            pending.sent[:] = [request for request in pending.sent if not request.arrived]
+
+    def num_requests(self, address: str) -> int:
+        pending = self._pending.get(address)
+        return 0 if pending is None else len(pending.sent)
+
+    def num_tokens(self, address: str) -> int:
+        pending = self._pending.get(address)
+        return 0 if pending is None else pending.num_tokens
+
+
+def choose(workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger) -> Placement:
+    """The least loaded pair whose KV blocks fit each other; equal loads are decided by address. Raises NO_WORKER, saying why."""
+    prefills = usable(workers, Role.PREFILL, model_digest)
+    decodes = usable(workers, Role.DECODE, model_digest)
+    if not prefills or not decodes:
+        raise _no_worker(workers, Role.DECODE if prefills else Role.PREFILL, model_digest)
+    layouts = {worker.layout for worker in decodes}
+    fitting = [worker for worker in prefills if worker.layout in layouts]
+    if not fitting:
+        raise TandemError(Reason.NO_WORKER, "no prefill worker's KV layout is the same as a decode worker's")
+    speeds = [worker.tokens_per_second for worker in fitting]
+    prefill = min(fitting, key=lambda worker: _prefill_load(worker, num_tokens, max(speeds), ledger))
+    return Placement(prefill, choose_decode(decodes, prefill.layout, num_tokens, ledger))
+
+
+def choose_decode(workers: Sequence[Worker], layout: Layout | None, num_tokens: int, ledger: PlacementLedger) -> Worker:
+    """The least loaded of usable decode workers, at least one of which has this layout."""
+    fitting = [worker for worker in workers if worker.layout == layout]
+    return min(fitting, key=lambda worker: _decode_load(worker, num_tokens, ledger))
+
+
+def usable(workers: Collection[Worker], role: Role, model_digest: str, without: Collection[str] = ()) -> list[Worker]:
+    """Ready workers of a role and model, except those at addresses `without`."""
+    return [
+        worker
+        for worker in workers
+        if worker.role is role and worker.ready and worker.model_digest == model_digest and worker.address not in without
+    ]
+
+
+def _prefill_load(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> tuple[bool, float, str]:
+    """Full ones last, then by seconds until the prompt would be done. A worker without a measured speed counts as the fastest."""
+    waiting = worker.queued_tokens + ledger.num_tokens(worker.address)
+    seconds = (waiting + num_tokens) / (worker.tokens_per_second or fastest or 1.0)
+    return _is_full(worker, ledger), seconds, worker.address
+
+
+def _decode_load(worker: Worker, num_tokens: int, ledger: PlacementLedger) -> tuple[bool, int, int, str]:
+    """Those without room last, then by requests, then by free blocks."""
+    requests = worker.running_requests + worker.queued_requests + ledger.num_requests(worker.address)
+    free_blocks = worker.free_blocks - _blocks(worker, ledger.num_tokens(worker.address))
+    lacks_room = free_blocks < _blocks(worker, num_tokens + 1)
+    return lacks_room or _is_full(worker, ledger), requests, -free_blocks, worker.address
+
+
+def _is_full(worker: Worker, ledger: PlacementLedger) -> bool:
+    requests = worker.running_requests + worker.queued_requests + ledger.num_requests(worker.address)
+    return 0 < worker.max_requests <= requests
+
+
+def _blocks(worker: Worker, num_tokens: int) -> int:
+    return 0 if worker.layout is None else math.ceil(num_tokens / worker.layout.block_tokens)
+
+
+def _no_worker(workers: Collection[Worker], role: Role, model_digest: str) -> TandemError:
+    of_role = [worker for worker in workers if worker.role is role]
+    why = _why(of_role, model_digest)
+    return TandemError(Reason.NO_WORKER, f"no {role.value} worker can take the request: {why}", metadata={"role": role.value})
+
+
+def _why(workers: Sequence[Worker], model_digest: str) -> str:
+    if not workers:
+        return "none is known"
+    counts: Mapping[str, int] = {
+        "unreachable": sum(not worker.worker_id for worker in workers),
+        "not ready": sum(bool(worker.worker_id) and not worker.ready for worker in workers),
+        "of another model": sum(worker.ready and worker.model_digest != model_digest for worker in workers),
+    }
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)

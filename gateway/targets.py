@@ -1,0 +1,42 @@
+"""Where workers are: fixed addresses, and names that are looked up again and again."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DNS_PREFIX = "dns:///"
+
+
+@dataclass(frozen=True)
+class Target:
+    """host:port of one worker, or, if `by_name`, of all workers behind a name."""
+
+    host: str
+    port: int
+    by_name: bool = False
+
+    @property
+    def address(self) -> str:
+        return join_address(self.host, self.port)
+
+
+def parse_target(text: str) -> Target:
+    """From "host:port" or "dns:///name:port". Raises ValueError."""
+    host, separator, port = text.removeprefix(DNS_PREFIX).rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is neither host:port nor {DNS_PREFIX}name:port")
+    return Target(host.strip("[]"), int(port), text.startswith(DNS_PREFIX))
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def look_up(target: Target) -> Sequence[str]:
+    """The addresses behind a name, sorted; none if the name is unknown right now."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return sorted({join_address(str(address[0]), int(address[1])) for *_, address in found})

@@ -1,0 +1,197 @@
+"""The live view of the workers: one WorkerStatusService.Watch stream per address."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from gateway.routing import Layout, Role, Worker
+from gateway.targets import Target, look_up
+from tandem.channels import open_internal_channel
+from tandem.tasks import cancel_and_wait
+from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+# A message of decode holds at most one step's tokens; one of prefill may hold the log-probabilities of a long prompt.
+MAX_RECEIVE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class WatchTimes:
+    """Seconds: between look-ups of names, from the first to the longest pause before connecting again, and until a silent worker
+    counts as lost (it speaks at least every second)."""
+
+    look_up_s: float = 2.0
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 2.0
+    silence_s: float = 3.0
+
+
+@dataclass
+class _Watched:
+    """One address: its channel, the last that was heard from it, and the task that listens."""
+
+    worker: Worker
+    channel: grpc.aio.Channel
+    task: "asyncio.Task[None] | None" = None
+    sequence_number: int = 0
+    named_by: set[Target] = field(default_factory=set)
+
+
+class WorkerDirectory:
+    """Knows every worker behind the targets. Used on the event loop; `start` and `close` once.
+
+    `changed` is called after each word of a worker with its address.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[tuple[Role, Target]],
+        changed: Callable[[str], None],
+        *,
+        times: WatchTimes = WatchTimes(),  # noqa: B008  (frozen)
+        open_channel: Callable[[str], grpc.aio.Channel] | None = None,
+        resolve: Callable[[Target], Awaitable[Sequence[str]]] = look_up,
+    ) -> None:
+        self._targets = targets
+        self._changed = changed
+        self._times = times
+        self._open_channel = open_channel or (lambda address: open_internal_channel(address, max_receive_bytes=MAX_RECEIVE_BYTES))
+        self._resolve = resolve
+        self._watched: dict[str, _Watched] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """Every known worker, by role and address."""
+        found = [watched.worker for watched in self._watched.values()]
+        return sorted(found, key=lambda worker: (worker.role is Role.DECODE, worker.address))
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The channel to a known worker. KeyError if it has gone from the targets."""
+        return self._watched[address].channel
+
+    def start(self) -> None:
+        for role, target in self._targets:
+            if target.by_name:
+                self._tasks.append(asyncio.create_task(self._follow_name(role, target)))
+            else:
+                self._add(role, target.address, target)
+
+    async def close(self) -> None:
+        await cancel_and_wait(*self._tasks)
+        for address in list(self._watched):
+            await self._remove(address)
+
+    async def _follow_name(self, role: Role, target: Target) -> None:
+        while True:
+            await self._update(role, target, set(await self._resolve(target)))
+            await asyncio.sleep(self._times.look_up_s)
+
+    async def _update(self, role: Role, target: Target, present: set[str]) -> None:
+        """An address that a name no longer gives is dropped once its worker cannot be reached: running requests use its channel."""
+        for address in present:
+            self._add(role, address, target)
+        for address, watched in list(self._watched.items()):
+            if target in watched.named_by and address not in present and not watched.worker.worker_id:
+                watched.named_by.discard(target)
+                if not watched.named_by:
+                    await self._remove(address)
+
+    def _add(self, role: Role, address: str, target: Target) -> None:
+        if address not in self._watched:
+            watched = _Watched(Worker(address, role), self._open_channel(address))
+            self._watched[address] = watched
+            watched.task = asyncio.create_task(self._watch(watched))
+        self._watched[address].named_by.add(target)
+
+    async def _remove(self, address: str) -> None:
+        watched = self._watched.pop(address)
+        if watched.task is not None:
+            await cancel_and_wait(watched.task)
+        await watched.channel.close()
+        self._changed(address)
+
+    async def _watch(self, watched: _Watched) -> None:
+        pause_s = self._times.first_pause_s
+        while True:
+            if await self._listen(watched):
+                pause_s = self._times.first_pause_s
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, self._times.longest_pause_s)
+
+    async def _listen(self, watched: _Watched) -> bool:
+        """Follows a worker until it is lost; says whether anything was heard."""
+        call = status_pb2_grpc.WorkerStatusServiceStub(watched.channel).Watch(status_pb2.WatchRequest())
+        heard = False
+        watched.sequence_number = 0
+        try:
+            while (response := await asyncio.wait_for(call.read(), self._times.silence_s)) is not grpc.aio.EOF:
+                heard = True
+                self._take(watched, response)
+            reason = "it ended the stream"
+        except TimeoutError:
+            reason = f"silent for {self._times.silence_s} s"
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name
+        finally:
+            call.cancel()
+        self._lose(watched, reason)
+        return heard
+
+    def _take(self, watched: _Watched, response: status_pb2.WatchResponse) -> None:
+        if response.sequence_number <= watched.sequence_number:
+            return
+        if not watched.worker.worker_id:
+            logger.info("%s worker at %s is here", watched.worker.role.value, watched.worker.address)
+        watched.sequence_number = response.sequence_number
+        watched.worker = worker_from(watched.worker, response)
+        self._changed(watched.worker.address)
+
+    def _lose(self, watched: _Watched, reason: str) -> None:
+        if watched.worker.worker_id:
+            logger.warning("%s worker at %s is lost: %s", watched.worker.role.value, watched.worker.address, reason)
+        watched.worker = replace(watched.worker, worker_id="", ready=False)
+        self._changed(watched.worker.address)
+
+
+_ROLE_NUMBERS = {Role.PREFILL: 1, Role.DECODE: 2}
+
+
+def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
+    """What a worker says of itself. One of another role than its target's is never ready."""
+    return Worker(
+        address=known.address,
+        role=known.role,
+        worker_id=response.worker_id,
+        ready=response.ready and response.role == _ROLE_NUMBERS[known.role],
+        model_digest=response.model_digest,
+        tokenizer_digest=response.tokenizer_digest,
+        layout=_layout(response.layout),
+        device=response.device,
+        weight_format=response.weight_format,
+        transports=tuple(response.transports),
+        total_blocks=response.total_blocks,
+        free_blocks=response.free_blocks,
+        queued_requests=response.queued_requests,
+        queued_tokens=response.queued_tokens,
+        running_requests=response.running_requests,
+        max_requests=response.max_requests,
+        tokens_per_second=response.tokens_per_second,
+    )
+
+
+def _layout(message: kv_pb2.KvLayout) -> Layout:
+    return Layout(
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        block_tokens=message.block_tokens,
+        dtype=message.dtype,
+        tensor_parallel_size=message.tensor_parallel_size,
+        tensor_parallel_rank=message.tensor_parallel_rank,
+    )
