@@ -1,6 +1,8 @@
 """What every server offers: health by name, reflection, trace context, options, cancellation, deadlines."""
 
 import asyncio
+import signal
+import sys
 from collections.abc import AsyncIterator
 
 import grpc
@@ -9,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tandem.channels import call_metadata, channel_options
+from tandem.channels import call_metadata, channel_options, open_internal_channel
 from tandem.errors import Reason, from_rpc_error
 from tandem.interceptor import CallCounts
 from tandem.server import ListenError, Server, ServerSettings, server_options
@@ -176,3 +178,36 @@ def test_frozen_peers_are_noticed_from_both_ends():
         assert options["grpc.http2.max_pings_without_data"] == 0
     assert (server["grpc.so_reuseport"], server["grpc.max_concurrent_streams"]) == (0, 7)
     assert (client["grpc.enable_retries"], client["grpc.max_receive_message_length"]) == (0, 4096)
+
+
+FROZEN = """
+import asyncio
+import signal
+import sys
+from tandem.server import Server, ServerSettings, run
+
+async def main():
+    server = Server("toy", ServerSettings())
+    print(await server.start(), flush=True)
+    await asyncio.Event().wait()
+
+run(main())
+"""
+
+
+async def test_a_frozen_server_is_noticed(repository):
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", FROZEN, cwd=repository, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    channel = open_internal_channel(f"127.0.0.1:{int(await process.stdout.readline())}")
+    try:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(6.0):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await watch.read()
+        assert from_rpc_error(caught.value).reason is Reason.WORKER_LOST
+    finally:
+        process.kill()
+        await process.wait()
+        await channel.close()
