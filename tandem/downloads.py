@@ -144,6 +144,8 @@ def _is_verified(model: PinnedModel, path: Path, thorough: bool, progress: Progr
     progress(f"verifying {path.name}", 0, None)
     if sha256_file(path) != model.sha256:
         _log.warning("the model file %s is damaged", path)
+        with contextlib.suppress(OSError):
+            _marker_path(path).unlink(missing_ok=True)
         return False
     _write_marker(model, path)
     return True

@@ -73,7 +73,7 @@ def resolve_model(name: str, *, download: bool = True, progress: Progress | None
     if name.startswith(_RANDOM_PREFIX):
         return _random(name)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _local(path.resolve())
     if _HUB_NAME.fullmatch(name) and not name.endswith(".gguf"):
         return _hugging_face(name, pull_hub(name, cache_directory(), download, report))

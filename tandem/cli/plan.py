@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 from dataclasses import dataclass
 
-from tandem.addresses import free_port
 from tandem.supervisor import ChildSpec
 
 LOOPBACK = "127.0.0.1"
@@ -41,9 +42,17 @@ class Member:
 
 def plan_members(plan: SuitePlan) -> list[Member]:
     """The gateway first, then the workers, on free ports that they keep when they are started again."""
-    prefill = [_worker(plan, "prefill", number) for number in range(plan.num_prefill)]
-    decode = [_worker(plan, "decode", number) for number in range(plan.num_decode)]
+    ports = _free_ports(plan.num_prefill + plan.num_decode)
+    prefill = [_worker(plan, "prefill", number, port) for number, port in enumerate(ports[: plan.num_prefill])]
+    decode = [_worker(plan, "decode", number, port) for number, port in enumerate(ports[plan.num_prefill :])]
     return [_gateway(plan, _targets(prefill), _targets(decode)), *prefill, *decode]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different since all are held at once."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def _targets(members: list[Member]) -> str:
@@ -57,9 +66,8 @@ def _gateway(plan: SuitePlan, prefill_targets: str, decode_targets: str) -> Memb
     return Member(ChildSpec("gateway", command, stop_order=0), plan.address, "tandem.api.v1.GenerationService")
 
 
-def _worker(plan: SuitePlan, role: str, number: int) -> Member:
+def _worker(plan: SuitePlan, role: str, number: int, port: int) -> Member:
     """Decode workers stop before prefill workers, since they pull from them."""
-    port = free_port(LOOPBACK)
     optional = {"--dtype": plan.dtype, "--threads": None if plan.threads is None else str(plan.threads)}
     flags = [part for flag, value in optional.items() if value is not None for part in (flag, value)]
     where = ("--model", plan.model, "--host", LOOPBACK, "--port", str(port))
