@@ -42,8 +42,10 @@ KNOWN_VARIABLES: frozenset[str] = frozenset(
         "TANDEM_MAX_BATCH",
         "TANDEM_MAX_SEQUENCES",
         "TANDEM_RECOMPUTE_BUDGET",
-        # Read outside the settings classes.
+        # Read outside the settings classes: by programs, by compose.yaml.
         "TANDEM_CACHE_DIR",
+        "TANDEM_BASE",
+        "TANDEM_PIP_ARGS",
     }
 )
 """Every variable that some program of the suite reads. They share one environment, so each accepts the others' variables."""

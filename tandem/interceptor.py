@@ -93,11 +93,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             response = await answer()
             _count(counts, _outcome_of_code(context.code()))
             return response
-        except asyncio.CancelledError:
-            if not call.dismissed:
+        except asyncio.CancelledError as raised:
+            if call.task.cancelling() and not call.dismissed:
                 counts.cancelled += 1
                 raise
-            error = TandemError(Reason.DRAINING, "the server is shutting down")
+            error = (
+                TandemError(Reason.DRAINING, "the server is shutting down") if call.dismissed else _as_tandem_error(raised, method)
+            )
         except grpc.aio.AbortError:
             _count(counts, _outcome_of_code(context.code()))
             raise
@@ -163,7 +165,9 @@ def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if key in ("traceparent", "tracestate")}
 
 
-def _as_tandem_error(raised: Exception, method: str) -> TandemError:
+def _as_tandem_error(raised: BaseException, method: str) -> TandemError:
+    """Whatever a handler raised. A CancelledError comes here if nobody cancelled the handler: let through, it would leave the
+    client waiting for ever (a handler raises one when a call of its own was cancelled elsewhere)."""
     if isinstance(raised, TandemError):
         return raised
     error_id = uuid.uuid4().hex

@@ -1,5 +1,6 @@
 """How calls end: TandemErrors arrive as they were raised, everything else as INTERNAL, and every end is counted once."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 
@@ -125,6 +126,14 @@ async def test_unknown_exception_is_internal_and_its_id_is_in_the_log(start, cap
     assert "secret" not in error.message
     records = [record for record in caplog.records if error.metadata["error_id"] in record.getMessage()]
     assert [type(record.exc_info[1]) for record in records] == [KeyError]
+    assert server.counts[f"/{TOKENIZER}/Tokenize"] == CallCounts(received=1, failed=1)
+
+
+async def test_stray_cancelled_error_does_not_leave_the_client_waiting(start, caplog):
+    server, channel = await start(tokenizer(asyncio.CancelledError()))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await tokenizer_pb2_grpc.TokenizerServiceStub(channel).Tokenize(tokenizer_pb2.TokenizeRequest(), timeout=10)
+    assert from_rpc_error(caught.value).reason is Reason.INTERNAL
     assert server.counts[f"/{TOKENIZER}/Tokenize"] == CallCounts(received=1, failed=1)
 
 
