@@ -209,3 +209,21 @@ async def drain(call):
     if isinstance(call, grpc.aio.UnaryUnaryCall | grpc.aio.StreamUnaryCall):
         return [await call]
     return [response async for response in call]
+
+
+class WritingPrefill(prefill_pb2_grpc.PrefillServiceServicer):
+    """Writes by itself instead of yielding; fails after the first message."""
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+        await context.write(prefill_pb2.PrefillResponse(admitted=prefill_pb2.Admitted()))
+        raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, "no room")
+
+
+async def test_handlers_that_write_by_themselves_end_the_same_way(start):
+    server, channel = await start((prefill_pb2_grpc.add_PrefillServiceServicer_to_server, WritingPrefill(), PREFILL))
+    call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(prefill_pb2.PrefillRequest())
+    assert (await call.read()).WhichOneof("event") == "admitted"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert from_rpc_error(caught.value).reason is Reason.KV_BLOCKS_EXHAUSTED
+    assert server.counts[f"/{PREFILL}/Prefill"] == CallCounts(received=1, rejected=1)
