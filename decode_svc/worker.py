@@ -13,7 +13,7 @@ from kvtransfer.wire import layout_to_proto
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from tandem.api.v1 import operations_pb2
-from tandem.channels import open_channel
+from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
 from tandem.models import ModelFiles, cache_directory, resolve_model
@@ -53,7 +53,7 @@ class DecodeWorker:
             files.digest,
             files.tokenizer_digest,
             transports=settings.transfer.transports,
-            channels=open_channel,
+            channels=open_internal_channel,
         )
         self._decode = DecodeServicer(self._engine, self._puller)
         self._status = StatusServicer(self._identity(files), self._snapshot)

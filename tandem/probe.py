@@ -13,10 +13,10 @@ def probe(address: str, service: str = "", timeout_s: float = 3.0) -> str:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.RpcError as error:
             return f"no answer from {address}: {error.code().name}"
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 if __name__ == "__main__":
-    status = probe(*sys.argv[1:3])
+    status = probe(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
     print(status)
     raise SystemExit(status != "SERVING")
