@@ -29,7 +29,7 @@ def notes() -> Console:
 
 def write_text(console: Console, text: str) -> None:
     """Write a piece of a streamed text, at once and unwrapped; on a terminal without control characters."""
-    console.out(text.translate(_CONTROLS) if console.is_terminal else text, end="", highlight=False)
+    console.file.write(text.translate(_CONTROLS) if console.is_terminal else text)
     console.file.flush()
 
 

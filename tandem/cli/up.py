@@ -27,6 +27,7 @@ from tandem.models import ModelFiles, cache_directory
 from tandem.supervisor import ChildFailedError, Supervisor
 
 _POLL_S = 0.1
+_PLACED_S = 30.0
 _FIRST_QUESTION = "In one or two sentences: why is the sky blue?"
 _ANSWER_TOKENS = 128
 
@@ -109,12 +110,16 @@ class _Suite:
         self._view.serving(member.spec.name)
 
     async def _wait_placed(self) -> operations_pb2.GetSuiteResponse:
-        """The suite once the gateway sees every worker ready."""
+        """The suite once the gateway sees every worker ready, which takes moments once each of them serves."""
+        deadline = time.monotonic() + _PLACED_S
         async with connect(self._plan.address) as gateway:
             while True:
                 suite = await get_suite(gateway)
                 if sum(worker.ready for worker in suite.workers) == len(self._members) - 1:
                     return suite
+                if time.monotonic() > deadline:
+                    notes().print(suite_table(self._plan.address, suite))
+                    raise CommandError("All processes serve, but the gateway cannot use every worker.", "See the gateway's log.")
                 await asyncio.sleep(_POLL_S)
 
     async def _describe(self, suite: operations_pb2.GetSuiteResponse) -> None:

@@ -1,0 +1,163 @@
+"""`tandem generate`, `tandem chat` and `tandem status` against a fake gateway over real gRPC."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tandem.api.v1 import generation_pb2, operations_pb2
+from tandem.errors import Reason
+from tests.service.cli.conftest import Cli
+from tests.service.cli.fake_gateway import FakeGateway, worker
+
+
+def test_answer_goes_to_stdout_and_summary_to_stderr(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "one two three", "-a", gateway.address)
+    assert (result.exit_code, result.stdout) == (0, "three two one\n")
+    assert "3 generated" in result.stderr and "hand-off 2.5 ms, 1.5 MB over shm" in result.stderr
+
+
+def test_chat_is_chosen_by_the_model_and_by_flag(cli: Cli, gateway: FakeGateway) -> None:
+    cli("generate", "hi", "-a", gateway.address, "--system", "Be brief.")
+    cli("generate", "hi", "-a", gateway.address, "--raw")
+    gateway.models.chat_capable = False
+    cli("generate", "hi", "-a", gateway.address)
+    chat, raw, other = gateway.generation.requests
+    roles = [generation_pb2.CHAT_ROLE_SYSTEM, generation_pb2.CHAT_ROLE_USER]
+    assert [message.role for message in chat.chat.messages] == roles
+    assert raw.WhichOneof("input") == other.WhichOneof("input") == "text"
+
+
+def test_options_reach_the_request(cli: Cli, gateway: FakeGateway) -> None:
+    options = ["-n", "7", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3", "--seed", "11", "--stop", "a", "--stop", "b"]
+    assert cli("generate", "hi", "-a", gateway.address, *options).exit_code == 0
+    (request,) = gateway.generation.requests
+    assert request.sampling == generation_pb2.SamplingParams(temperature=0.5, top_p=0.9, top_k=3, seed=11)
+    assert request.stopping == generation_pb2.StoppingParams(max_tokens=7, stop=["a", "b"])
+
+
+def test_greedy_is_the_default(cli: Cli, gateway: FakeGateway) -> None:
+    cli("generate", "hi", "-a", gateway.address)
+    assert gateway.generation.requests[0].sampling == generation_pb2.SamplingParams(temperature=0)
+
+
+def test_prompt_from_standard_input(cli: Cli, gateway: FakeGateway) -> None:
+    assert cli("generate", "-", "--raw", "-a", gateway.address, typed="from a pipe").stdout == "pipe a from\n"
+
+
+def test_logprobs_are_a_table(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "hi", "-a", gateway.address, "--logprobs", "1")
+    assert "-1.2500" in result.stderr and "'seven' -0.500" in result.stderr
+
+
+def test_trace_is_sampled_awaited_and_drawn(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "hi", "-a", gateway.address, "--trace")
+    (parent,) = gateway.generation.trace_parents
+    assert parent.endswith("-01") and parent.split("-")[1] in result.stderr
+    assert all(name in result.stderr for name in ("generate", "prefill.run", "kv.pull", "decode.run", "━", "5.00 ms"))
+    assert gateway.operations.num_trace_calls == 2
+
+
+@pytest.mark.parametrize("reason", [Reason.QUEUE_FULL, Reason.PROMPT_TOO_LONG, Reason.INTERNAL])
+def test_refusal_is_one_message_and_status_1(cli: Cli, gateway: FakeGateway, reason: Reason) -> None:
+    result = cli("generate", f"fail:{reason}", "-a", gateway.address)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"refused by the fake [{reason}]" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_failure_after_tokens_keeps_what_came(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "break:STREAM_BROKEN word", "-a", gateway.address)
+    assert (result.exit_code, result.stdout) == (1, "word\n") and "[STREAM_BROKEN]" in result.stderr
+
+
+def test_gap_in_the_stream_is_an_error(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "lose a token", "-a", gateway.address)
+    assert result.exit_code == 1 and "gap" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["status"], ["chat"]])
+def test_no_server_says_how_to_start_one(cli: Cli, command: list[str]) -> None:
+    result = cli(*command, "-a", "127.0.0.1:1")
+    assert result.exit_code == 1 and "No gateway answers at 127.0.0.1:1" in result.stderr and "tandem up" in result.stderr
+
+
+def test_system_needs_a_conversation(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("generate", "hi", "--raw", "--system", "x", "-a", gateway.address)
+    assert result.exit_code == 1 and "--raw" in result.stderr
+
+
+def test_chat_remembers_the_conversation(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("chat", "-a", gateway.address, "--system", "Be kind.", typed="hello there\nwhy so\n/exit\n")
+    assert result.exit_code == 0 and "there hello" in result.stdout
+    contents = [[message.content for message in request.chat.messages] for request in gateway.generation.requests]
+    assert contents == [["Be kind.", "hello there"], ["Be kind.", "hello there", "there hello", "why so"]]
+
+
+def test_chat_commands(cli: Cli, gateway: FakeGateway) -> None:
+    typed = "one\n/reset\ntwo\n/system Rhyme.\nthree\n/system\nfour\n/help\n/nonsense\n\n5 \\\nlines\n"
+    result = cli("chat", "-a", gateway.address, typed=typed)
+    contents = [[message.content for message in request.chat.messages] for request in gateway.generation.requests]
+    assert contents == [["one"], ["two"], ["Rhyme.", "three"], ["four"], ["four", "four", "5 \nlines"]]
+    assert result.exit_code == 0 and "/reset" in result.stdout and "No command /nonsense" in result.stderr
+
+
+def test_chat_goes_on_after_an_error(cli: Cli, gateway: FakeGateway) -> None:
+    result = cli("chat", "-a", gateway.address, typed="fail:QUEUE_FULL\nagain\n")
+    assert result.exit_code == 0 and "[QUEUE_FULL]" in result.stderr
+    assert [message.content for message in gateway.generation.requests[1].chat.messages] == ["again"]
+
+
+def test_chat_needs_a_template(cli: Cli, gateway: FakeGateway) -> None:
+    gateway.models.chat_capable = False
+    result = cli("chat", "-a", gateway.address, typed="hi\n")
+    assert result.exit_code == 1 and "--raw" in result.stderr
+
+
+@pytest.fixture
+def process(gateway: FakeGateway) -> Iterator[subprocess.Popen[str]]:
+    """`tandem chat` as a process that can get signals."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "tandem.cli", "chat", "-a", gateway.address]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as running:
+        yield running
+        running.kill()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(process: subprocess.Popen[str], gateway: FakeGateway) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("hang now\n")
+    process.stdin.flush()
+    assert process.stdout.read(3) == "now"
+    process.send_signal(signal.SIGINT)
+    assert gateway.generation.cancelled.wait(60), "the call was not cancelled"
+    stdout, stderr = process.communicate("more\n", timeout=60)
+    assert process.returncode == 0 and "(stopped)" in stderr and "more" in stdout
+    assert [message.content for message in gateway.generation.requests[1].chat.messages] == ["hang now", "now", "more"]
+
+
+def test_ctrl_c_ends_generate_and_cancels_the_call(gateway: FakeGateway) -> None:
+    command = [sys.executable, "-m", "tandem.cli", "generate", "hang", "-a", gateway.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert gateway.generation.hung.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert gateway.generation.cancelled.wait(60)
+
+
+def test_status_is_a_row_per_worker(cli: Cli, gateway: FakeGateway) -> None:
+    gateway.operations.workers += [
+        worker(operations_pb2.WORKER_ROLE_DECODE, ready=False, queued_tokens=77, tokens_per_second=12.4),
+        worker(operations_pb2.WORKER_ROLE_PREFILL, ready=False, worker_id=""),
+    ]
+    result = cli("status", "-a", gateway.address)
+    assert result.exit_code == 0 and "3 running · 4 queued" in result.stdout
+    assert [result.stdout.count(state) for state in ("not ready", "unreachable", "90/100", "shm, tcp")] == [1, 1, 4, 4]
+    assert "77" in result.stdout and " 12 " in result.stdout
+
+
+def test_status_without_workers_says_so(cli: Cli, gateway: FakeGateway) -> None:
+    gateway.operations.workers.clear()
+    assert "no workers" in cli("status", "-a", gateway.address).stdout
