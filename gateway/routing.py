@@ -78,7 +78,7 @@ class _Pending:
 
 
 class PlacementLedger:
-    """Counts what was sent to each worker since it last spoke, so that a burst spreads before workers can say that they are busy."""
+    """Counts what was sent to each worker since it last spoke, so that a burst spreads before workers can report it."""
 
     def __init__(self) -> None:
         self._pending: dict[str, _Pending] = {}

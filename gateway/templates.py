@@ -77,7 +77,8 @@ class _Meter:
 
 def _metered(template: nodes.Template) -> nodes.Template:
     """Lets every round of a loop count itself: a sandbox bounds range(), not loops within loops."""
-    for block in (*template.find_all(nodes.For), *template.find_all(nodes.Macro)):
+    blocks: list[nodes.For | nodes.Macro] = [*template.find_all(nodes.For), *template.find_all(nodes.Macro)]
+    for block in blocks:
         count = nodes.ExprStmt(nodes.Call(nodes.Name(_METER, "load"), [], [], None, None))
         block.body.insert(0, count.set_lineno(block.lineno))
     return template

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
+from gateway.calls import cancel_and_wait, end, read
 from gateway.routing import Layout, Role, Worker
 from gateway.targets import Target, look_up
 from tandem.channels import open_internal_channel
-from tandem.tasks import cancel_and_wait
+from tandem.errors import TandemError
 from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class WorkerDirectory:
         targets: Sequence[tuple[Role, Target]],
         changed: Callable[[str], None],
         *,
-        times: WatchTimes = WatchTimes(),  # noqa: B008  (frozen)
+        times: WatchTimes = WatchTimes(),
         open_channel: Callable[[str], grpc.aio.Channel] | None = None,
         resolve: Callable[[Target], Awaitable[Sequence[str]]] = look_up,
     ) -> None:
@@ -126,20 +127,20 @@ class WorkerDirectory:
 
     async def _listen(self, watched: _Watched) -> bool:
         """Follows a worker until it is lost; says whether anything was heard."""
-        call = status_pb2_grpc.WorkerStatusServiceStub(watched.channel).Watch(status_pb2.WatchRequest())
+        call = status_pb2_grpc.WorkerStatusServiceStub(watched.channel).Watch(status_pb2.WatchRequest())  # type: ignore[no-untyped-call]
         heard = False
         watched.sequence_number = 0
         try:
-            while (response := await asyncio.wait_for(call.read(), self._times.silence_s)) is not grpc.aio.EOF:
+            while (response := await asyncio.wait_for(read(call), self._times.silence_s)) is not None:
                 heard = True
                 self._take(watched, response)
             reason = "it ended the stream"
         except TimeoutError:
             reason = f"silent for {self._times.silence_s} s"
-        except grpc.aio.AioRpcError as error:
-            reason = error.details() or error.code().name
+        except TandemError as error:
+            reason = error.message
         finally:
-            call.cancel()
+            await end(call)
         self._lose(watched, reason)
         return heard
 

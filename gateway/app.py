@@ -1,0 +1,91 @@
+"""The gateway as a whole: what it is made of, and when it is ready."""
+
+import asyncio
+import logging
+
+from gateway.admission import Admission
+from gateway.model_service import ModelServicer, TokenizerServicer
+from gateway.operations_service import OperationsServicer
+from gateway.relay import Relay
+from gateway.routing import PlacementLedger, Role, usable
+from gateway.served_model import ServedModel, load_served_model
+from gateway.service import GenerationServicer
+from gateway.settings import GatewaySettings
+from gateway.workers import WorkerDirectory
+from tandem.api.v1 import (
+    generation_pb2_grpc,
+    model_pb2_grpc,
+    operations_pb2_grpc,
+    tokenizer_pb2_grpc,
+)
+from tandem.models import ModelError, cache_directory, resolve_model
+from tandem.server import Server
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """The gateway of one model. Made, started and closed on the event loop."""
+
+    def __init__(self, model: ServedModel, settings: GatewaySettings) -> None:
+        self._model = model
+        self._ledger = PlacementLedger()
+        self._admission = Admission(settings.admission)
+        self.directory = WorkerDirectory(settings.targets, self._on_worker)
+        self._relay = Relay(self.directory, self._ledger)
+        self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests)
+        self.server = Server("gateway", settings.server)
+        self._add_services()
+
+    async def start(self) -> int:
+        """Listens and looks for workers; returns the port. Ready as soon as there are both kinds of worker."""
+        port = await self.server.start()
+        self.directory.start()
+        return port
+
+    async def drain(self) -> None:
+        """Refuses new requests and waits for the present ones."""
+        self._generation.draining = True
+        await self._admission.wait_idle()
+
+    async def close(self) -> None:
+        await self._relay.close()
+        await self.directory.close()
+
+    def _add_services(self) -> None:
+        package = "tandem.api.v1"
+        operations = OperationsServicer(self._admission, self.directory)
+        add = self.server.add
+        add(generation_pb2_grpc.add_GenerationServiceServicer_to_server, self._generation, f"{package}.GenerationService")
+        add(
+            tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, TokenizerServicer(self._model), f"{package}.TokenizerService"
+        )
+        add(model_pb2_grpc.add_ModelServiceServicer_to_server, ModelServicer(self._model), f"{package}.ModelService")
+        add(operations_pb2_grpc.add_OperationsServiceServicer_to_server, operations, f"{package}.OperationsService")
+
+    def _on_worker(self, address: str) -> None:
+        self._ledger.heard(address)
+        ready = not self._generation.draining and all(
+            usable(self.directory.workers, role, self._model.digest) for role in (Role.PREFILL, Role.DECODE)
+        )
+        if ready != self.server.ready:
+            logger.info("gateway is %s", "ready" if ready else "not ready")
+            self.server.set_ready(ready)
+
+
+async def serve(settings: GatewaySettings) -> int:
+    """Loads the model's tokenizer and serves until told to stop; 1 if the model cannot be had."""
+    try:
+        model = await asyncio.to_thread(_load, settings.model)
+    except ModelError as error:
+        logger.error("%s", error)
+        return 1
+    gateway = Gateway(model, settings)
+    port = await gateway.start()
+    logger.info("gateway for %s listens on %s:%d", model.name, settings.server.host, port)
+    await gateway.server.run_until_stopped(gateway.drain, gateway.close)
+    return 0
+
+
+def _load(name: str) -> ServedModel:
+    return load_served_model(resolve_model(name), cache_directory())

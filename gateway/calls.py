@@ -1,0 +1,41 @@
+"""Reading a worker's stream, and ending tasks and calls for good."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tandem.errors import Reason, TandemError, from_rpc_error
+
+
+async def read(call: grpc.aio.UnaryStreamCall) -> Any | None:
+    """The next message, None at the end of the stream. Raises the worker's TandemError, or WORKER_LOST."""
+    try:
+        message = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+    except asyncio.CancelledError:
+        # A status CANCELLED from the worker looks like a cancellation of this task, which it is not.
+        if _being_cancelled():
+            raise
+        raise TandemError(Reason.WORKER_LOST, "the worker ended the call") from None
+    return None if message is grpc.aio.EOF else message
+
+
+async def end(call: grpc.aio.UnaryStreamCall) -> None:
+    """Cancels a call, if it still runs, and waits until it is over here."""
+    if call.cancel():
+        await call.code()
+
+
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks and waits until their `finally` blocks have run; their results and failures are of no interest."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,82 @@
+"""OperationsService: the gateway's live view, and the spans of a trace from every process."""
+
+import asyncio
+import itertools
+import logging
+import re
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+from gateway.admission import Admission
+from gateway.routing import Role, Worker
+from gateway.workers import WorkerDirectory
+from tandem.api.v1 import operations_pb2, operations_pb2_grpc
+from tandem.errors import Reason, TandemError, invalid_field
+from tandem.tracing import recent_spans
+from tandem.worker.v1 import status_pb2, status_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SPANS_TIMEOUT_S = 1.0
+
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
+_ROLES = {Role.PREFILL: operations_pb2.WORKER_ROLE_PREFILL, Role.DECODE: operations_pb2.WORKER_ROLE_DECODE}
+
+
+class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
+    """Answers operators' tools."""
+
+    def __init__(self, admission: Admission, directory: WorkerDirectory) -> None:
+        self._admission = admission
+        self._directory = directory
+
+    async def GetSuite(
+        self, request: operations_pb2.GetSuiteRequest, context: grpc.aio.ServicerContext
+    ) -> operations_pb2.GetSuiteResponse:
+        return operations_pb2.GetSuiteResponse(
+            running_requests=self._admission.num_running,
+            queued_requests=self._admission.num_queued,
+            workers=[_summary(worker) for worker in self._directory.workers],
+        )
+
+    async def GetTrace(
+        self, request: operations_pb2.GetTraceRequest, context: grpc.aio.ServicerContext
+    ) -> operations_pb2.GetTraceResponse:
+        trace_id = request.trace_id
+        if not _TRACE_ID.fullmatch(trace_id):
+            raise invalid_field("trace_id", "must be 32 lower-case hexadecimal digits")
+        reachable = [worker for worker in self._directory.workers if worker.worker_id]
+        found = await asyncio.gather(*(self._spans_of(worker, trace_id) for worker in reachable))
+        spans: list[operations_pb2.Span] = list(itertools.chain(recent_spans(trace_id), *found))
+        if not spans:
+            raise TandemError(Reason.TRACE_NOT_FOUND, f"no process remembers trace {trace_id}", metadata={"trace_id": trace_id})
+        return operations_pb2.GetTraceResponse(spans=sorted(spans, key=lambda span: span.start_time.ToNanoseconds()))
+
+    async def _spans_of(self, worker: Worker, trace_id: str) -> Sequence[operations_pb2.Span]:
+        try:
+            stub = status_pb2_grpc.WorkerStatusServiceStub(self._directory.channel(worker.address))  # type: ignore[no-untyped-call]
+            response = await stub.GetSpans(status_pb2.GetSpansRequest(trace_id=trace_id), timeout=SPANS_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, KeyError) as error:
+            logger.warning("no spans from %s: %s", worker.address, error)
+            return ()
+        return list(response.spans)
+
+
+def _summary(worker: Worker) -> operations_pb2.WorkerSummary:
+    return operations_pb2.WorkerSummary(
+        address=worker.address,
+        worker_id=worker.worker_id,
+        role=_ROLES[worker.role],
+        ready=worker.ready,
+        device=worker.device,
+        weight_format=worker.weight_format,
+        total_blocks=worker.total_blocks,
+        free_blocks=worker.free_blocks,
+        queued_requests=worker.queued_requests,
+        queued_tokens=worker.queued_tokens,
+        running_requests=worker.running_requests,
+        tokens_per_second=worker.tokens_per_second,
+        transports=worker.transports,
+    )

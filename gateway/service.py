@@ -1,0 +1,148 @@
+"""GenerationService: one coroutine per request, from the client's message to its last event."""
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass, replace
+
+import grpc
+import grpc.aio
+from opentelemetry.trace import Span
+
+from gateway.admission import Admission
+from gateway.calls import cancel_and_wait
+from gateway.completion import Completion
+from gateway.job import Ending, GenerationJob
+from gateway.pending import PendingOutput
+from gateway.prompts import prompt_tokens
+from gateway.relay import Relay
+from gateway.request_id import new_request_id
+from gateway.routing import Placement, choose
+from gateway.served_model import ServedModel
+from gateway.spans import note_ending, note_job, note_request, request_span
+from gateway.timeline import Timeline
+from gateway.validate import check_length, check_request
+from gateway.wire import ResponseWriter
+from tandem.api.v1 import generation_pb2, generation_pb2_grpc
+from tandem.errors import Reason, TandemError
+from tandem.tracing import tracer
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Seconds: the longest deadline, also that of a request without one, and how long one write to a client may take."""
+
+    max_deadline_s: float
+    stall_limit_s: float
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Serves `Generate`. `draining` turned on refuses new requests and lets the present ones finish."""
+
+    def __init__(self, model: ServedModel, admission: Admission, relay: Relay, limits: RequestLimits) -> None:
+        self._model = model
+        self._admission = admission
+        self._relay = relay
+        self._limits = limits
+        self.draining = False
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """The stream is written here, so that a stalled client is noticed. Raises the error table's answers."""
+        timeline = Timeline()
+        if self.draining:
+            raise TandemError(Reason.DRAINING, "the gateway is shutting down")
+        remaining_s = self._deadline_s(context)
+        request_id = new_request_id()
+        try:
+            async with asyncio.timeout(remaining_s):
+                with request_span(request_id, self._model) as span:
+                    job = await self._prepare(request, request_id, time.monotonic() + remaining_s, span)
+                    timeline.tokenized()
+                    await self._run(job, timeline, context, span)
+        except TimeoutError:
+            raise TandemError(Reason.DEADLINE_EXCEEDED, f"not done within {remaining_s:.3g} s") from None
+
+    def _deadline_s(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        most = self._limits.max_deadline_s
+        return most if remaining is None else min(remaining, most)
+
+    async def _prepare(
+        self, request: generation_pb2.GenerateRequest, request_id: str, deadline: float, span: Span
+    ) -> GenerationJob:
+        """The request, checked and tokenized; refused before the costly part if the gateway is full anyway."""
+        with tracer().start_as_current_span(
+            "gateway.tokenize", record_exception=False, set_status_on_exception=False
+        ) as tokenizing:
+            checked = check_request(request, self._model)
+            note_request(span, checked, self._model)
+            self._admission.check()
+            token_ids = await prompt_tokens(checked.prompt, self._model)
+            tokenizing.set_attribute("gen_ai.usage.input_tokens", len(token_ids))
+            stopping = check_length(len(token_ids), checked, self._model)
+        seed = secrets.randbits(64) if checked.seed is None else checked.seed
+        job = GenerationJob(
+            request_id=request_id,
+            model_digest=self._model.digest,
+            token_ids=token_ids,
+            sampling=replace(checked.sampling, seed=seed),
+            stopping=stopping,
+            output=checked.output,
+            deadline=deadline,
+        )
+        note_job(span, job)
+        return job
+
+    async def _run(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
+        route = tracer().start_span("gateway.route")
+        try:
+            async with self._admission.place(len(job.token_ids), job.deadline):
+                placement = self._place(job)
+                timeline.placed()
+                route.set_attributes(
+                    {"tandem.prefill.address": placement.prefill.address, "tandem.decode.address": placement.decode.address}
+                )
+                route.end()
+                await self._stream(job, placement, timeline, context, span)
+        finally:
+            route.end() if route.is_recording() else None
+
+    def _place(self, job: GenerationJob) -> Placement:
+        return choose(self._relay.directory.workers, job.model_digest, len(job.token_ids), self._relay.ledger)
+
+    async def _stream(
+        self, job: GenerationJob, placement: Placement, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span
+    ) -> None:
+        pending = PendingOutput()
+        completion = Completion(job, self._model.tokenizer, pending)
+        relaying = asyncio.create_task(self._relay.run(job, placement, completion, timeline))
+        relaying.add_done_callback(lambda task: _hand_over(task, pending))
+        try:
+            ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context)
+            note_ending(span, ending)
+        finally:
+            await cancel_and_wait(relaying)
+
+    async def _write_all(self, pending: PendingOutput, writer: ResponseWriter, context: grpc.aio.ServicerContext) -> Ending:
+        while True:
+            event = await pending.take()
+            await self._write(writer.response(event), context)
+            if isinstance(event, Ending):
+                return event
+
+    async def _write(self, response: generation_pb2.GenerateResponse, context: grpc.aio.ServicerContext) -> None:
+        limit = asyncio.timeout(self._limits.stall_limit_s)
+        try:
+            async with limit:
+                await context.write(response)
+        except Exception:  # a cancelled write raises gRPC's own exceptions, too
+            if not limit.expired():
+                raise
+            message = f"the client took nothing for {self._limits.stall_limit_s:g} s"
+            raise TandemError(Reason.SLOW_READER, message) from None
+
+
+def _hand_over(task: "asyncio.Task[Ending]", pending: PendingOutput) -> None:
+    """A relay's result is what the writer gets last."""
+    if not task.cancelled():
+        pending.finish(task.exception() or task.result())
