@@ -58,7 +58,7 @@ def suite_table(address: str, suite: operations_pb2.GetSuiteResponse) -> Rendera
     head = Text.assemble(("gateway", "bold"), f" {address} · {suite.running_requests} running · {suite.queued_requests} queued")
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMERIC else "left")
+        table.add_column(column, justify="right" if column in _NUMERIC else "left", no_wrap=column in ("address", "device"))
     for worker in sorted(suite.workers, key=lambda worker: (worker.role, worker.address)):
         table.add_row(*_row(worker))
     return Group(head, table if suite.workers else Text("The gateway knows of no workers.", style="yellow"))
