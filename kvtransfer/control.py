@@ -1,0 +1,57 @@
+"""The consumer's client of KvTransferService."""
+
+from collections.abc import AsyncGenerator
+
+import grpc
+import grpc.aio
+
+from kvtransfer.frames import Frame
+from kvtransfer.intake import InterruptedPullError
+from kvtransfer.ticket import KvTicket
+from kvtransfer.wire import frame_from_proto
+from tandem.channels import call_metadata
+from tandem.errors import Reason, TandemError, from_rpc_error
+from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
+
+RELEASE_TIMEOUT_S = 2.0
+
+
+class ControlClient:
+    """Calls one producer over a channel of its own."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._stub = kv_pb2_grpc.KvTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+
+    async def frames(self, ticket: KvTicket, first_block_index: int) -> AsyncGenerator[Frame, None]:
+        """The producer's frames. The caller closes the generator, which ends the call.
+
+        Raises InterruptedPullError if the producer cannot be reached any more, else the error that it sent.
+        """
+        request = kv_pb2.PullRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch, first_block_index=first_block_index)
+        call = self._stub.Pull(request, metadata=call_metadata())
+        try:
+            async for response in call:
+                frame = frame_from_proto(response)
+                if frame is not None:
+                    yield frame
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error) from error
+        finally:
+            call.cancel()
+
+    async def release(self, ticket: KvTicket) -> None:
+        request = kv_pb2.ReleaseRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
+        try:
+            await self._stub.Release(request, metadata=call_metadata(), timeout=RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _translated(error: grpc.aio.AioRpcError) -> TandemError | InterruptedPullError:
+    """A producer never sends WORKER_LOST itself: that is gRPC's word for a broken connection."""
+    translated = from_rpc_error(error)
+    return InterruptedPullError(translated.message) if translated.reason is Reason.WORKER_LOST else translated

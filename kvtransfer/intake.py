@@ -1,0 +1,179 @@
+"""Where pulled blocks arrive, and the threads that copy and verify them."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+
+from kvtransfer.checksum import block_checksum
+from kvtransfer.frames import BlocksFrame
+from tandem.errors import Reason, TandemError
+
+MAX_REFETCHES = 2
+MAX_RESUMES = 1
+JOB_BYTES = 1 << 21
+"""What one job copies or verifies: enough to be worth waking a thread, little enough to share among threads."""
+
+
+class DamagedBlockError(Exception):
+    """A block's bytes do not have the checksum that was announced."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"block {index} of the ticket is damaged")
+        self.index = index
+
+
+class InterruptedPullError(Exception):
+    """The producer stopped sending before the end; what is verified by then is good."""
+
+
+class Destination:
+    """The blocks that one ticket is pulled into, and which of them hold verified content."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self.views = views
+        self.first_frame_ns = 0
+        self.num_refetched = 0
+        self._verified = bytearray(len(views))
+        self._num_resumes = 0
+        self._refetches: dict[int, int] = {}
+
+    @property
+    def num_verified(self) -> int:
+        """Blocks from the first on that are verified."""
+        index = self._verified.find(0)
+        return len(self.views) if index < 0 else index
+
+    def begin_attempt(self) -> None:
+        """Blocks after the first unverified one will be written again, so what is known of them no longer counts."""
+        first = self.num_verified
+        self._verified[first:] = bytes(len(self.views) - first)
+
+    def began(self) -> None:
+        self.first_frame_ns = self.first_frame_ns or time.monotonic_ns()
+
+    def verify(self, index: int, checksum: int) -> None:
+        """On any thread, once the block's bytes are in place. Raises DamagedBlockError."""
+        if block_checksum(self.views[index]) != checksum:
+            raise DamagedBlockError(index)
+        self._verified[index] = 1
+
+    def count_damage(self, error: DamagedBlockError) -> None:
+        """Lets the block be fetched again, or raises KV_CHECKSUM_MISMATCH if that was done often enough."""
+        times = self._refetches.get(error.index, 0)
+        if times == MAX_REFETCHES:
+            message = f"block {error.index} of the ticket arrived damaged {times + 1} times"
+            raise TandemError(Reason.KV_CHECKSUM_MISMATCH, message, metadata={"block_index": str(error.index)}) from error
+        self._refetches[error.index] = times + 1
+        self.num_refetched += 1
+
+    def count_interruption(self, error: InterruptedPullError) -> None:
+        """Lets the pull be resumed, or raises TRANSFER_INTERRUPTED if that was done already."""
+        if self._num_resumes == MAX_RESUMES:
+            metadata = {"verified_blocks": str(self.num_verified)}
+            raise TandemError(Reason.TRANSFER_INTERRUPTED, f"the transfer was cut twice: {error}", metadata=metadata) from error
+        self._num_resumes += 1
+
+
+class Sequencer:
+    """Checks one stream of frames: of the right epoch, in order, without gap, and only within the ticket."""
+
+    def __init__(self, epoch: int, first_block_index: int, num_blocks: int) -> None:
+        self._epoch = epoch
+        self._num_blocks = num_blocks
+        self.next_index = first_block_index
+
+    def accept(self, frame: BlocksFrame) -> int:
+        """How many of the frame's blocks, from its first on, are known already. Raises InterruptedPullError."""
+        self._check_epoch(frame.epoch)
+        end = frame.first_block_index + len(frame.checksums)
+        if frame.first_block_index > self.next_index or end > self._num_blocks:
+            raise InterruptedPullError(f"frame of blocks {frame.first_block_index} to {end} where {self.next_index} was next")
+        num_known = min(self.next_index, end) - frame.first_block_index
+        self.next_index = max(self.next_index, end)
+        return num_known
+
+    def end(self, epoch: int) -> None:
+        """Raises InterruptedPullError if blocks are missing."""
+        self._check_epoch(epoch)
+        if self.next_index != self._num_blocks:
+            raise InterruptedPullError(f"the end came after {self.next_index} of {self._num_blocks} blocks")
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            raise InterruptedPullError(f"a frame of epoch {epoch} in a pull of epoch {self._epoch}")
+
+
+class Crew:
+    """Threads at work on one destination, as a context.
+
+    The context is left, in whatever way, only when no thread is at the destination's memory any more, so that its owner may reuse
+    the blocks at once. Being cancelled makes the threads stop at the next block (well under a millisecond) but is not hurried by
+    further cancels.
+    """
+
+    def __init__(self, destination: Destination, threads: Executor) -> None:
+        self._destination = destination
+        self._threads = threads
+        self._jobs: list[asyncio.Future[None]] = []
+        self._stopped = False
+        self.blocks_per_job = max(1, JOB_BYTES // len(destination.views[0]))
+
+    async def __aenter__(self) -> "Crew":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopped = True
+        await _settled(self._jobs)
+
+    def start(self, first_block_index: int, checksums: Sequence[int], sources: Sequence[memoryview] | None = None) -> None:
+        """Verifies a run of blocks that are in place, or copies them from `sources` first. Split over threads."""
+        for start in range(0, len(checksums), self.blocks_per_job):
+            part = slice(start, start + self.blocks_per_job)
+            job = self._threads.submit(
+                self._take_in, first_block_index + start, checksums[part], sources[part] if sources is not None else None
+            )
+            self._jobs.append(asyncio.wrap_future(job))
+
+    def check(self) -> None:
+        """Raises DamagedBlockError if a finished job found one."""
+        for job in self._jobs:
+            if job.done():
+                job.result()
+        self._jobs = [job for job in self._jobs if not job.done()]
+
+    async def join(self) -> None:
+        """Returns once every block is verified. Raises DamagedBlockError."""
+        for job in self._jobs:
+            await asyncio.wait([job])
+        self.check()
+
+    def _take_in(self, first: int, checksums: Sequence[int], sources: Sequence[memoryview] | None) -> None:
+        destination = self._destination
+        for offset, checksum in enumerate(checksums):
+            if self._stopped:
+                return
+            if sources is not None:
+                _copy(sources[offset], destination.views[first + offset])
+            destination.verify(first + offset, checksum)
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    """Unlike assignment to a memoryview, this does not hold the GIL."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+async def _settled(jobs: Sequence[asyncio.Future[None]]) -> None:
+    """Returns when all jobs are done, whatever became of them; a cancel meanwhile is raised after that."""
+    cancelled: asyncio.CancelledError | None = None
+    while pending := [job for job in jobs if not job.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    for job in jobs:
+        job.exception()  # whoever wanted to know has asked by now
+    if cancelled is not None:
+        raise cancelled

@@ -1,0 +1,112 @@
+"""What the readers of a ticket may be told so far."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from kvtransfer.checksum import block_checksum
+from kvtransfer.frames import MAX_BLOCKS_PER_FRAME, BlocksFrame, EndFrame, Frame, WaitFrame
+from kvtransfer.ledger import Entry, not_found
+from llm.kv.pool import KvPool
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM_THREADS = 2
+CHECKSUM_BYTES = 1 << 21
+"""What one job reads: so little that a consumer starts on a chunk's first blocks while the last are still being read."""
+
+
+class Outbox:
+    """One ticket's readiness, as its readers may see it: a block is told only once its checksum is known. On the event loop."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.num_submitted = 0
+        """Blocks whose checksums have been asked for; changed by the Checksummer."""
+        self._checksums: list[int | None] = [None] * len(entry.block_ids)
+        self._num_told = 0
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wakes everyone who waits; the entry, or what is known of it, has changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def add(self, first_block_index: int, checksums: Sequence[int]) -> None:
+        """Checksums may come in any order; readers hear of blocks in order, without gap."""
+        self._checksums[first_block_index : first_block_index + len(checksums)] = checksums
+        while self._num_told < len(self._checksums) and self._checksums[self._num_told] is not None:
+            self._num_told += 1
+        self.notify()
+
+    async def next_frame(self, index: int, heartbeat_s: float | None) -> Frame:
+        """What a reader that knows the blocks before `index` is told next; a WaitFrame after `heartbeat_s` without news.
+
+        Raises the error that ended the ticket.
+        """
+        while True:
+            frame = self._frame_from(index)
+            if frame is not None:
+                return frame
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                return WaitFrame(self.entry.epoch)
+
+    def _frame_from(self, index: int) -> Frame | None:
+        entry = self.entry
+        if entry.error is not None:
+            raise entry.error
+        if entry.state.final:
+            raise not_found(entry.ticket_id, entry.epoch, entry.state.value)
+        if index < self._num_told:
+            known = self._checksums[index : min(self._num_told, index + MAX_BLOCKS_PER_FRAME)]
+            return BlocksFrame(entry.epoch, index, tuple(checksum for checksum in known if checksum is not None))
+        if entry.first_token_id is not None and index == len(self._checksums):
+            return EndFrame(entry.epoch, entry.first_token_id)
+        return None
+
+
+class Checksummer:
+    """Takes the checksums of ready blocks in threads.
+
+    A job may outlive its ticket; it then reads blocks that belong to another by now, and nobody hears of the result.
+    """
+
+    def __init__(self, pool: KvPool, failed: Callable[[Outbox, BaseException], None]) -> None:
+        self._pool = pool
+        self._failed = failed
+        self._threads = ThreadPoolExecutor(CHECKSUM_THREADS, "kv-checksum")
+        self._blocks_per_job = max(1, CHECKSUM_BYTES // pool.layout.block_bytes)
+
+    def submit(self, outbox: Outbox) -> None:
+        """Sees to the blocks that have become ready since the last call."""
+        loop, ready = asyncio.get_running_loop(), outbox.entry.num_ready_blocks
+        for first in range(outbox.num_submitted, ready, self._blocks_per_job):
+            block_ids = outbox.entry.block_ids[first : min(first + self._blocks_per_job, ready)]
+            job = self._threads.submit(_checksums, [self._pool.block_view(block) for block in block_ids])
+            report = partial(self._done, outbox, first)
+            job.add_done_callback(partial(_on_loop, loop, report))
+        outbox.num_submitted = ready
+
+    async def close(self) -> None:
+        """Waits for the jobs under way."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def _done(self, outbox: Outbox, first_block_index: int, job: Future[list[int]]) -> None:
+        error = job.exception()
+        if error is None:
+            outbox.add(first_block_index, job.result())
+        else:
+            self._failed(outbox, error)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, report: Callable[[Future[list[int]]], None], job: Future[list[int]]) -> None:
+    loop.call_soon_threadsafe(report, job)
+
+
+def _checksums(blocks: Sequence[memoryview]) -> list[int]:
+    return [block_checksum(block) for block in blocks]

@@ -1,0 +1,112 @@
+"""What a consumer keeps open towards each producer."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import grpc.aio
+
+from kvtransfer.control import ControlClient
+from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer
+from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
+from kvtransfer.transports.tcp import TcpClient
+
+
+class Peer:
+    """One producer process: a gRPC channel, and its mapped pool and TCP connections once they are used."""
+
+    def __init__(self, producer_id: str, channel: grpc.aio.Channel) -> None:
+        self.producer_id = producer_id
+        self.control = ControlClient(channel)
+        self.num_users = 0
+        self.lost = False
+        """A pull was cut; kept only if the producer proves to be there after all."""
+        self.announced = ""
+        """The choice of transport that was logged last."""
+        self.mapping: Mapping | None = None
+        self._tcp: TcpClient | None = None
+
+    def tcp(self, offer: TcpOffer) -> TcpClient:
+        if self._tcp is None or self._tcp.offer != offer:
+            self._close_tcp()
+            self._tcp = TcpClient(offer)
+        return self._tcp
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self.lost or (self.mapping is not None and producer_is_gone(self.mapping))
+
+    async def close(self) -> None:
+        if self.mapping is not None:
+            self.mapping.close()
+        self._close_tcp()
+        await self.control.close()
+
+    def _close_tcp(self) -> None:
+        if self._tcp is not None:
+            self._tcp.close()
+
+
+class Peers:
+    """The producers by address; on the event loop.
+
+    A peer is dropped when another process answers at its address, when a pull from it was cut for good, or when its process is seen
+    to have ended: otherwise a dead producer's pool would stay in memory for as long as it is mapped.
+    """
+
+    def __init__(self, channels: Callable[[str], grpc.aio.Channel]) -> None:
+        self._channels = channels
+        self._peers: dict[str, Peer] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @contextmanager
+    def using(self, ticket: KvTicket) -> Iterator[Peer]:
+        """The ticket's producer; it stays open at least until the context is left."""
+        peer = self._find(ticket)
+        peer.num_users += 1
+        try:
+            yield peer
+        finally:
+            peer.num_users -= 1
+            if peer.lost and self._peers.get(ticket.address) is peer:
+                del self._peers[ticket.address]
+            if peer.num_users == 0 and self._peers.get(ticket.address) is not peer:
+                self._close_soon(peer)
+
+    def map(self, peer: Peer, offer: ShmOffer) -> Mapping:
+        """The peer's pool. Raises ShmUnavailableError, also if the offer is not the one that this very producer made before."""
+        if peer.mapping is None:
+            if any(other.mapping is not None and other.mapping.offer == offer for other in self._peers.values()):
+                raise ShmUnavailableError("offered memory is that of another producer (producer id differs)")
+            peer.mapping = Mapping(offer)
+        if peer.mapping.offer != offer:
+            raise ShmUnavailableError("producer has offered other memory before under the same id")
+        return peer.mapping
+
+    async def close(self) -> None:
+        """No pull may run any more."""
+        for peer in self._peers.values():
+            self._close_soon(peer)
+        self._peers.clear()
+        await asyncio.gather(*self._closing)
+
+    def _find(self, ticket: KvTicket) -> Peer:
+        peer = self._peers.get(ticket.address)
+        if peer is None or peer.producer_id != ticket.producer_id:
+            self._drop_gone(ticket.address)
+            peer = self._peers[ticket.address] = Peer(ticket.producer_id, self._channels(ticket.address))
+        return peer
+
+    def _drop_gone(self, address: str) -> None:
+        """Forgets who was at the address, and whoever has ended meanwhile; users of theirs close them."""
+        for known, peer in list(self._peers.items()):
+            if known == address or peer.gone:
+                del self._peers[known]
+                if peer.num_users == 0:
+                    self._close_soon(peer)
+
+    def _close_soon(self, peer: Peer) -> None:
+        task = asyncio.create_task(peer.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

@@ -1,0 +1,210 @@
+"""The producing side of the hand-off: grants tickets, tells readers what is ready, and frees blocks when their lease is over."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.ledger import TicketLedger
+from kvtransfer.outbox import Checksummer, Outbox
+from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
+from kvtransfer.transports.tcp_server import TcpServer
+from llm.kv.pool import KvPool
+from tandem.errors import Reason, TandemError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProducerIdentity:
+    """Who grants the tickets. `address`: where the KvTransferService listens."""
+
+    producer_id: str
+    model_digest: str
+    tokenizer_digest: str
+    address: str
+
+
+class KvProducer:
+    """Lives on the event loop: every method is called there, and so is `free(block_ids)`, once per ticket.
+
+    `transports` is what it offers, best first; `kv_host` the interface that the tcp transport listens on.
+    """
+
+    def __init__(
+        self,
+        pool: KvPool,
+        identity: ProducerIdentity,
+        *,
+        lease_s: float,
+        free: Callable[[Sequence[int]], None],
+        clock: Callable[[], float] = time.monotonic,
+        transports: Sequence[str] = ("shm", "tcp"),
+        kv_host: str = "127.0.0.1",
+        kv_advertised_host: str | None = None,
+    ) -> None:
+        self.identity = identity
+        self.transports = tuple(name for name in check_names(transports) if name != "shm" or pool.shared is not None)
+        self.block_tokens = pool.layout.block_tokens
+        self._pool = pool
+        self._lease_s = lease_s
+        self._clock = clock
+        self._ledger = TicketLedger(clock, lease_s, free)
+        self._outboxes: dict[str, Outbox] = {}
+        self._checksummer = Checksummer(pool, self._fail)
+        self._tcp = TcpServer(pool, self, kv_host) if "tcp" in transports else None
+        self._advertised_host = kv_advertised_host or kv_host
+        self._offers: tuple[TransportOffer, ...] = ()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> None:
+        """Listens for consumers; before the first grant."""
+        tcp_port = await self._tcp.start() if self._tcp is not None else 0
+        self._offers = tuple(self._offer(name, tcp_port) for name in self.transports)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Tickets whose blocks have not been freed."""
+        return self._ledger.num_outstanding
+
+    @property
+    def num_refused_connections(self) -> int:
+        """Connections of the tcp transport that sent something other than a request, and were closed for it."""
+        return 0 if self._tcp is None else self._tcp.num_refused
+
+    def grant(self, epoch: int, num_tokens: int, block_ids: Sequence[int]) -> KvTicket:
+        """A ticket for blocks that will hold `num_tokens` tokens; takes over one reference to each block."""
+        assert len(block_ids) == self._pool.layout.blocks_for(num_tokens), "the blocks do not fit the tokens"
+        identity = self.identity
+        ticket = KvTicket(
+            ticket_id=secrets.token_hex(16),
+            epoch=epoch,
+            producer_id=identity.producer_id,
+            model_digest=identity.model_digest,
+            tokenizer_digest=identity.tokenizer_digest,
+            layout=self._pool.layout,
+            num_tokens=num_tokens,
+            block_ids=tuple(block_ids),
+            lease_ms=round(self._lease_s * 1000),
+            offers=self._offers,
+            address=identity.address,
+        )
+        self._outboxes[ticket.ticket_id] = Outbox(self._ledger.grant(ticket.ticket_id, epoch, block_ids))
+        self._idle.clear()
+        return ticket
+
+    def progress(self, ticket_id: str, num_ready_blocks: int) -> None:
+        """The ticket's first `num_ready_blocks` blocks will not change any more."""
+        if self._ledger.progress(ticket_id, num_ready_blocks) is not None:
+            self._checksummer.submit(self._outboxes[ticket_id])
+
+    def finish(self, ticket_id: str, first_token_id: int) -> None:
+        """All blocks are ready and the first token is drawn; the lease begins to run."""
+        if self._ledger.finish(ticket_id, first_token_id) is not None:
+            outbox = self._outboxes[ticket_id]
+            self._checksummer.submit(outbox)
+            outbox.notify()
+            self._watch_leases()
+
+    def abort(self, ticket_id: str, error: TandemError) -> None:
+        """Ends a ticket that will not be filled; whoever waits for it gets `error`. Idempotent."""
+        self._ledger.abort(ticket_id, error)
+        self._changed(ticket_id)
+
+    def release(self, ticket_id: str, epoch: int) -> None:
+        """The consumer has what it needs. Idempotent. Raises TICKET_NOT_FOUND for another epoch than the ticket's."""
+        self._ledger.release(ticket_id, epoch)
+        self._changed(ticket_id)
+
+    def block_ids(self, ticket_id: str) -> tuple[int, ...]:
+        """An outstanding ticket's blocks."""
+        return self._outboxes[ticket_id].entry.block_ids
+
+    def renew(self, ticket_id: str) -> None:
+        """The ticket's consumer is at work: the lease begins anew."""
+        entry = self._ledger.get(ticket_id)
+        if entry is not None:
+            self._ledger.renew(entry)
+
+    async def frames(
+        self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
+    ) -> AsyncGenerator[Frame, None]:
+        """Runs of ready blocks from `first_block_index` on, as they become ready, then the end.
+
+        With `heartbeat_s`, a WaitFrame after each such span without news. The caller closes the generator; while it is open, no
+        block is freed. Raises TICKET_NOT_FOUND, INVALID_REQUEST for an index beyond the ticket, or the error given to `abort`.
+        """
+        entry = self._ledger.open(ticket_id, epoch)
+        try:
+            outbox, index = self._outboxes[ticket_id], first_block_index
+            if not 0 <= index <= len(entry.block_ids):
+                raise TandemError(Reason.INVALID_REQUEST, f"the ticket has {len(entry.block_ids)} blocks, not {index}")
+            while True:
+                frame = await outbox.next_frame(index, heartbeat_s)
+                yield frame
+                self._ledger.renew(entry)
+                if isinstance(frame, EndFrame):
+                    self._ledger.pulled(entry)
+                    return
+                index += len(frame.checksums) if isinstance(frame, BlocksFrame) else 0
+        finally:
+            self._ledger.close(entry)
+            self._changed(ticket_id)
+
+    def expire_leases(self) -> None:
+        """Ends the tickets whose lease is over. A timer calls this when the next is due."""
+        for entry in self._ledger.expire():
+            self._changed(entry.ticket_id)
+        self._unwatch_leases()
+        self._watch_leases()
+
+    async def wait_idle(self) -> None:
+        """Returns once no ticket is outstanding."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Ends all tickets and frees their blocks; nothing may be granted any more."""
+        for ticket_id in self._ledger.ticket_ids:
+            self.abort(ticket_id, TandemError(Reason.DRAINING, "the prefill worker is shutting down"))
+        if self._tcp is not None:
+            await self._tcp.close()
+        await self._idle.wait()
+        self._unwatch_leases()
+        await self._checksummer.close()
+
+    def _offer(self, name: str, tcp_port: int) -> TransportOffer:
+        shared = self._pool.shared
+        if name == "shm" and shared is not None:
+            return ShmOffer(shared.pid, shared.fd, shared.inode, shared.boot_id, shared.num_bytes)
+        return TcpOffer(self._advertised_host, tcp_port)
+
+    def _changed(self, ticket_id: str) -> None:
+        """Wakes the ticket's readers, and forgets a ticket that the ledger has done with."""
+        outbox = self._outboxes.get(ticket_id)
+        if outbox is None:
+            return
+        outbox.notify()
+        if self._ledger.get(ticket_id) is None:
+            del self._outboxes[ticket_id]
+        if not self._outboxes:
+            self._idle.set()
+
+    def _watch_leases(self) -> None:
+        """Renewals only move expiry back, so one timer at the earliest moment is enough."""
+        moment = self._ledger.next_expiry
+        if self._expiry is None and moment is not None:
+            self._expiry = asyncio.get_running_loop().call_later(max(0.0, moment - self._clock()), self.expire_leases)
+
+    def _unwatch_leases(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    def _fail(self, outbox: Outbox, error: BaseException) -> None:
+        logger.error("%s: no checksum", outbox.entry, exc_info=error)
+        self.abort(outbox.entry.ticket_id, TandemError(Reason.INTERNAL, "the blocks' checksums could not be taken"))

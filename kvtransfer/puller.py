@@ -1,0 +1,136 @@
+"""The consuming side of the hand-off: fetches a ticket's blocks into blocks of the own pool."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc.aio
+
+from kvtransfer.choice import TransportChoice, choose, offer_of
+from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError
+from kvtransfer.peers import Peer, Peers
+from kvtransfer.ticket import KvTicket, TcpOffer, check_names
+from kvtransfer.transports import shm
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from tandem.errors import Reason, TandemError
+
+logger = logging.getLogger(__name__)
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class PullResult:
+    """All blocks are here and verified. `pull_us`: from the first frame until then; `num_refetched`: blocks that came damaged."""
+
+    first_token_id: int
+    transport: str
+    num_bytes: int
+    pull_us: int
+    num_refetched: int
+
+
+class KvPuller:
+    """Lives on the event loop; copying and checksums run in threads of its own. `transports`: those it may use, best first."""
+
+    def __init__(
+        self,
+        pool: KvPool,
+        layout: KvLayout,
+        model_digest: str,
+        tokenizer_digest: str,
+        *,
+        channels: Callable[[str], grpc.aio.Channel],
+        transports: Sequence[str] = ("shm", "tcp"),
+    ) -> None:
+        self._pool = pool
+        self._layout = layout
+        self._model_digest = model_digest
+        self._tokenizer_digest = tokenizer_digest
+        self._transports = check_names(transports)
+        self._peers = Peers(channels)
+        self._threads = ThreadPoolExecutor(THREADS, "kv-pull")
+
+    def check(self, ticket: KvTicket) -> None:
+        """Raises MODEL_MISMATCH or KV_LAYOUT_MISMATCH for a ticket whose blocks would mean something else here."""
+        for name, own in (("model_digest", self._model_digest), ("tokenizer_digest", self._tokenizer_digest)):
+            theirs = getattr(ticket, name)
+            if theirs != own:
+                message = f"the ticket's {name} is {theirs[:12]}, this worker's is {own[:12]}"
+                raise TandemError(Reason.MODEL_MISMATCH, message, metadata={name: theirs})
+        if ticket.layout != self._layout:
+            raise TandemError(Reason.KV_LAYOUT_MISMATCH, f"the ticket's blocks are {ticket.layout}, this worker's {self._layout}")
+        needed = self._layout.blocks_for(ticket.num_tokens)
+        if len(ticket.block_ids) != needed:
+            message = f"the ticket has {len(ticket.block_ids)} blocks; {ticket.num_tokens} tokens take {needed}"
+            raise TandemError(Reason.KV_LAYOUT_MISMATCH, message)
+
+    def choose(self, ticket: KvTicket) -> TransportChoice:
+        """The best transport that both sides have and that works. FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is none."""
+        with self._peers.using(ticket) as peer:
+            return self._choose(ticket, peer)
+
+    async def pull(self, ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
+        """Fetches the ticket's blocks into `block_ids`, one for each, while the producer still computes them.
+
+        However this ends, also by being cancelled, nothing touches the blocks any more once it has.
+        Raises what `check` and `choose` raise; TICKET_NOT_FOUND or the error of the producer that ended the ticket;
+        KV_CHECKSUM_MISMATCH for a block that came damaged three times; TRANSFER_INTERRUPTED if the transfer was cut twice.
+        """
+        self.check(ticket)
+        assert len(block_ids) == len(ticket.block_ids), "one block for each of the ticket's"
+        destination = Destination([self._pool.block_view(block) for block in block_ids])
+        with self._peers.using(ticket) as peer:
+            while True:
+                choice = self._choose(ticket, peer)
+                try:
+                    first_token_id = await self._attempt(choice, ticket, peer, destination)
+                except DamagedBlockError as error:
+                    logger.warning("ticket %s epoch %d: %s; asking again", ticket.ticket_id[:8], ticket.epoch, error)
+                    destination.count_damage(error)
+                except InterruptedPullError as error:
+                    peer.lost = True
+                    logger.warning("ticket %s epoch %d: cut: %s", ticket.ticket_id[:8], ticket.epoch, error)
+                    destination.count_interruption(error)
+                else:
+                    peer.lost = False
+                    return self._result(choice, first_token_id, destination)
+
+    async def release(self, ticket: KvTicket) -> None:
+        """Ends the lease. Idempotent. Raises the producer's error, or WORKER_LOST or DEADLINE_EXCEEDED."""
+        with self._peers.using(ticket) as peer:
+            await peer.control.release(ticket)
+
+    async def close(self) -> None:
+        """No pull may run any more."""
+        await self._peers.close()
+        self._threads.shutdown()
+
+    def _choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
+        choice = choose(ticket, self._transports, self._peers, peer)
+        if peer.announced != str(choice):
+            peer.announced = str(choice)
+            logger.info("KV from producer %s comes by %s", ticket.producer_id[:8], choice)
+        return choice
+
+    async def _attempt(self, choice: TransportChoice, ticket: KvTicket, peer: Peer, destination: Destination) -> int:
+        destination.begin_attempt()
+        async with Crew(destination, self._threads) as crew:
+            if choice.transport == "shm":
+                frames = peer.control.frames(ticket, destination.num_verified)
+                assert peer.mapping is not None, "choosing shm maps the pool"
+                first_token_id = await shm.fetch(frames, peer.mapping, ticket, destination, crew)
+            else:
+                offer = offer_of(ticket, TcpOffer)
+                assert offer is not None, "tcp is chosen only if offered"
+                first_token_id = await peer.tcp(offer).fetch(ticket, destination, crew)
+            await crew.join()
+            return first_token_id
+
+    def _result(self, choice: TransportChoice, first_token_id: int, destination: Destination) -> PullResult:
+        num_bytes = len(destination.views) * self._layout.block_bytes
+        pull_us = (time.monotonic_ns() - destination.first_frame_ns) // 1000
+        return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched)

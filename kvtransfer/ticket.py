@@ -1,0 +1,64 @@
+"""What passes from a prefill worker to a decode worker: the right to pull one request's KV blocks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llm.kv.layout import KvLayout
+
+TRANSPORTS = ("shm", "tcp")
+"""All that there are, best first."""
+
+ChecksumAlgorithm = Literal["xxh3_64"]
+
+
+@dataclass(frozen=True)
+class ShmOffer:
+    """The producer's pool can be mapped by processes of the same kernel. `inode` tells a reused pid or fd from the real one."""
+
+    pid: int
+    fd: int
+    inode: int
+    boot_id: str
+    pool_bytes: int
+
+
+@dataclass(frozen=True)
+class TcpOffer:
+    """The producer sends raw frames to whoever connects here and names a ticket."""
+
+    host: str
+    port: int
+
+
+TransportOffer = ShmOffer | TcpOffer
+
+
+@dataclass(frozen=True)
+class KvTicket:
+    """Entitles its bearer to pull blocks while the lease lasts. layout.blocks_for(num_tokens) == len(block_ids).
+
+    `producer_id` is a UUID made at process start; `address` is where the producer's KvTransferService listens. `epoch` is the
+    attempt at the request that the blocks belong to.
+    """
+
+    ticket_id: str
+    epoch: int
+    producer_id: str
+    model_digest: str
+    tokenizer_digest: str
+    layout: KvLayout
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    lease_ms: int
+    offers: tuple[TransportOffer, ...]
+    address: str
+    checksum_algorithm: ChecksumAlgorithm = "xxh3_64"
+
+
+def check_names(transports: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError for an unknown transport, or none at all."""
+    unknown = [name for name in transports if name not in TRANSPORTS]
+    if unknown or not transports:
+        raise ValueError(f"transports are {', '.join(TRANSPORTS)}; got {', '.join(transports) or 'none'}")
+    return tuple(transports)

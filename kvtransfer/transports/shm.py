@@ -1,0 +1,88 @@
+"""The shm transport: a producer's pool, mapped read-only."""
+
+import mmap
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+
+from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer
+from kvtransfer.ticket import KvTicket, ShmOffer
+from llm.kv.pool import boot_id
+
+
+class ShmUnavailableError(Exception):
+    """The offered memory cannot be mapped here; the message says why, for people."""
+
+
+class Mapping:
+    """The mapped pool of one producer. The kernel ends the producer's memory only when this is closed too."""
+
+    def __init__(self, offer: ShmOffer) -> None:
+        """Maps what was offered, after making sure that it is that. Raises ShmUnavailableError."""
+        self.offer = offer
+        self._memory = _map(offer)
+        self._bytes = memoryview(self._memory)
+
+    def block(self, block_id: int, block_bytes: int) -> memoryview:
+        """A block's bytes in the producer's pool, read-only; they may change as soon as the ticket's lease is over."""
+        return self._bytes[block_id * block_bytes : (block_id + 1) * block_bytes]
+
+    def close(self) -> None:
+        # A traceback that is still about may hold a view; the memory then goes with it.
+        with suppress(BufferError):
+            self._bytes.release()
+            self._memory.close()
+
+
+async def fetch(
+    frames: AsyncGenerator[Frame, None], mapping: Mapping, ticket: KvTicket, destination: Destination, crew: Crew
+) -> int:
+    """Has `crew` copy the blocks that `frames` tell of, from the first that is not verified on; returns the first token.
+
+    Raises InterruptedPullError, DamagedBlockError, or what `frames` raises.
+    """
+    sequencer = Sequencer(ticket.epoch, destination.num_verified, len(ticket.block_ids))
+    size = ticket.layout.block_bytes
+    async with aclosing(frames):
+        async for frame in frames:
+            crew.check()
+            match frame:
+                case BlocksFrame(_, first, checksums):
+                    destination.began()
+                    num_known = sequencer.accept(frame)
+                    blocks = ticket.block_ids[first + num_known : first + len(checksums)]
+                    crew.start(first + num_known, checksums[num_known:], [mapping.block(block, size) for block in blocks])
+                case EndFrame(epoch, first_token_id):
+                    sequencer.end(epoch)
+                    return first_token_id
+    raise InterruptedPullError("the producer's stream ended without its last frame")
+
+
+def producer_is_gone(mapping: Mapping) -> bool:
+    """Whether the mapped process, or its pool, is no more."""
+    return not os.path.lexists(_path(mapping.offer))
+
+
+def _path(offer: ShmOffer) -> str:
+    return f"/proc/{offer.pid}/fd/{offer.fd}"
+
+
+def _map(offer: ShmOffer) -> mmap.mmap:
+    if not offer.boot_id or offer.boot_id != boot_id():
+        raise ShmUnavailableError("producer runs on another host (boot id differs)")
+    try:
+        fd = os.open(_path(offer), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise ShmUnavailableError("producer's process is not visible from here (ended, or in another container)") from error
+    except OSError as error:
+        raise ShmUnavailableError(f"producer's memory cannot be opened ({error.strerror})") from error
+    try:
+        status = os.fstat(fd)
+        if (status.st_ino, status.st_size) != (offer.inode, offer.pool_bytes):
+            raise ShmUnavailableError("what the offer names is not the producer's memory (inode or size differs)")
+        return mmap.mmap(fd, offer.pool_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise ShmUnavailableError(f"producer's memory cannot be mapped ({error})") from error
+    finally:
+        os.close(fd)

@@ -1,0 +1,114 @@
+"""The consumer's side of the tcp transport."""
+
+from kvtransfer.frames import BlocksFrame
+from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer
+from kvtransfer.ticket import KvTicket, TcpOffer
+from kvtransfer.transports.connection import Connection
+from kvtransfer.transports.tcp_frames import BlocksMessage, EndMessage, ErrorMessage, FrameError, Message, PullMessage, WaitMessage
+from tandem.errors import Reason, TandemError
+
+STALL_S = 2.0
+"""Without a byte for so long the producer counts as lost. It sends a sign of life four times as often."""
+
+MAX_IDLE_CONNECTIONS = 4
+
+
+class TcpClient:
+    """Pulls from one producer. A connection serves one pull at a time, and then later ones."""
+
+    def __init__(self, offer: TcpOffer) -> None:
+        self.offer = offer
+        self._idle: list[Connection] = []
+
+    async def fetch(self, ticket: KvTicket, destination: Destination, crew: Crew) -> int:
+        """Receives the blocks, from the first that is not verified on, for `crew` to verify in place; returns the first token.
+
+        Raises InterruptedPullError, DamagedBlockError, or the error that the producer sent.
+        """
+        try:
+            connection = self._take_idle() or await Connection.open(self.offer.host, self.offer.port, STALL_S)
+        except OSError as error:
+            raise InterruptedPullError(f"no connection to {self.offer.host}:{self.offer.port}: {_text(error)}") from error
+        reusable = False
+        try:
+            await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, destination.num_verified))
+            first_token_id = await _receive(connection, ticket, destination, crew)
+            reusable = True
+        except (OSError, FrameError) as error:
+            raise InterruptedPullError(_text(error)) from error
+        finally:
+            self._put_back(connection, reusable)
+        return first_token_id
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def _take_idle(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.quiet:
+                return connection
+            connection.close()
+        return None
+
+    def _put_back(self, connection: Connection, reusable: bool) -> None:
+        if reusable and len(self._idle) < MAX_IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+
+async def _receive(connection: Connection, ticket: KvTicket, destination: Destination, crew: Crew) -> int:
+    sequencer = Sequencer(ticket.epoch, destination.num_verified, len(ticket.block_ids))
+    while True:
+        message = await connection.receive()
+        _check_ticket(message, ticket)
+        match message:
+            case BlocksMessage():
+                destination.began()
+                await _receive_blocks(connection, message, sequencer, destination, crew)
+            case EndMessage():
+                sequencer.end(message.epoch)
+                return message.first_token_id
+            case ErrorMessage():
+                raise _error_of(message)
+            case WaitMessage():
+                crew.check()
+
+
+async def _receive_blocks(
+    connection: Connection, message: BlocksMessage, sequencer: Sequencer, destination: Destination, crew: Crew
+) -> None:
+    """Each group of blocks is verified by threads while the next is on its way."""
+    first, checksums = message.first_block_index, message.checksums
+    num_known = sequencer.accept(BlocksFrame(message.epoch, first, checksums))
+    if message.block_bytes != len(destination.views[0]):
+        raise FrameError(f"blocks of {message.block_bytes} bytes instead of {len(destination.views[0])}")
+    if num_known:
+        scratch = memoryview(bytearray(message.block_bytes))
+        for _ in range(num_known):
+            await connection.receive_into(scratch)
+    for start in range(num_known, len(checksums), crew.blocks_per_job):
+        part = checksums[start : start + crew.blocks_per_job]
+        for index in range(first + start, first + start + len(part)):
+            await connection.receive_into(destination.views[index])
+        crew.start(first + start, part)
+        crew.check()
+
+
+def _check_ticket(message: Message, ticket: KvTicket) -> None:
+    if (message.ticket_id, message.epoch) != (ticket.ticket_id, ticket.epoch):
+        raise FrameError("a frame of another ticket")
+
+
+def _error_of(message: ErrorMessage) -> TandemError:
+    if message.reason not in Reason.__members__:
+        return TandemError(Reason.INTERNAL, message.message)
+    pairs = zip(message.metadata[::2], message.metadata[1::2], strict=False)
+    return TandemError(Reason(message.reason), message.message, metadata=dict(pairs))
+
+
+def _text(error: Exception) -> str:
+    return str(error) or "no byte came for too long"

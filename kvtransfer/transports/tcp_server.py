@@ -1,0 +1,158 @@
+"""The producer's side of the tcp transport."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+from kvtransfer.frames import BlocksFrame, EndFrame, Frame, WaitFrame
+from kvtransfer.transports.connection import Connection
+from kvtransfer.transports.tcp_frames import (
+    MAX_METADATA,
+    MAX_TEXT_BYTES,
+    BlocksMessage,
+    EndMessage,
+    ErrorMessage,
+    FrameError,
+    PullMessage,
+    WaitMessage,
+)
+from llm.kv.pool import KvPool
+from tandem.errors import TandemError
+
+logger = logging.getLogger(__name__)
+
+STALL_S = 2.0
+HEARTBEAT_S = 0.5
+FIRST_REQUEST_S = 5.0
+IDLE_S = 60.0
+MAX_CONNECTIONS = 1024
+ACCEPT_PAUSE_S = 0.1
+
+
+class Source(Protocol):
+    """What is served: see KvProducer."""
+
+    def frames(
+        self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
+    ) -> AsyncGenerator[Frame, None]: ...
+
+    def block_ids(self, ticket_id: str) -> tuple[int, ...]: ...
+
+    def renew(self, ticket_id: str) -> None: ...
+
+
+class TcpServer:
+    """Sends blocks straight from the pool to whoever names a ticket. A peer that sends anything else is cut off and counted."""
+
+    def __init__(self, pool: KvPool, source: Source, host: str) -> None:
+        self.num_refused = 0
+        self._pool = pool
+        self._source = source
+        self._host = host
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    async def start(self) -> int:
+        """Listens on a free port of the host's first address and returns it. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        family, _, _, _, address = (await loop.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM))[0]
+        self._listener = socket.create_server(address[:2], family=family, backlog=128)
+        self._listener.setblocking(False)
+        loop.add_reader(self._listener, self._accept)
+        return int(self._listener.getsockname()[1])
+
+    async def close(self) -> None:
+        """Stops listening and cuts every connection."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._pause(error)
+            return
+        sock.setblocking(False)
+        if len(self._tasks) >= MAX_CONNECTIONS:
+            self.num_refused += 1
+            sock.close()
+            return
+        task = asyncio.create_task(self._serve(Connection(sock, STALL_S)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _pause(self, error: OSError) -> None:
+        """Out of descriptors, mostly: the waiting connection stays ready, so accepting at once would spin."""
+        logger.warning("cannot accept a connection: %s", error)
+        loop, listener = asyncio.get_running_loop(), self._listener
+        assert listener is not None
+        loop.remove_reader(listener)
+        loop.call_later(ACCEPT_PAUSE_S, lambda: self._listener is listener and loop.add_reader(listener, self._accept))
+
+    async def _serve(self, connection: Connection) -> None:
+        wait_s = FIRST_REQUEST_S
+        try:
+            while True:
+                request = await connection.receive(wait_s)
+                if not isinstance(request, PullMessage):
+                    raise FrameError("only requests to pull may come here")
+                await self._answer(connection, request)
+                wait_s = IDLE_S
+        except FrameError as error:
+            self.num_refused += 1
+            logger.warning("a connection to the KV port was closed: %s", error)
+        except OSError as error:
+            logger.debug("a connection to the KV port ended: %s", error)
+        finally:
+            connection.close()
+
+    async def _answer(self, connection: Connection, request: PullMessage) -> None:
+        """One pull. The consumer's going away cancels this task, so that the ticket is not held while nothing is sent."""
+        task = asyncio.current_task()
+        assert task is not None
+        connection.watch(task.cancel)
+        try:
+            await self._send(connection, request)
+        except TandemError as error:
+            await connection.send(_error_message(request, error))
+        finally:
+            connection.unwatch()
+
+    async def _send(self, connection: Connection, request: PullMessage) -> None:
+        ticket_id, epoch = request.ticket_id, request.epoch
+        async with aclosing(self._source.frames(ticket_id, epoch, request.first_block_index, HEARTBEAT_S)) as frames:
+            async for frame in frames:
+                match frame:
+                    case BlocksFrame():
+                        await self._send_blocks(connection, ticket_id, frame)
+                    case EndFrame():
+                        await connection.send(EndMessage(ticket_id, epoch, frame.first_token_id))
+                    case WaitFrame():
+                        await connection.send(WaitMessage(ticket_id, epoch))
+
+    async def _send_blocks(self, connection: Connection, ticket_id: str, frame: BlocksFrame) -> None:
+        first, last = frame.first_block_index, frame.first_block_index + len(frame.checksums)
+        blocks = [self._pool.block_view(block) for block in self._source.block_ids(ticket_id)[first:last]]
+        size = self._pool.layout.block_bytes
+        message = BlocksMessage(ticket_id, frame.epoch, first, size, frame.checksums)
+        await connection.send(message, blocks, lambda: self._source.renew(ticket_id))
+
+
+def _error_message(request: PullMessage, error: TandemError) -> ErrorMessage:
+    pairs = [_cut(text) for pair in list(error.metadata.items())[:MAX_METADATA] for text in pair]
+    return ErrorMessage(request.ticket_id, request.epoch, error.reason, _cut(error.message), tuple(pairs))
+
+
+def _cut(text: str) -> str:
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")

@@ -1,0 +1,125 @@
+"""Tickets, layouts and frames as protobuf messages, and back."""
+
+from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, TransportOffer
+from llm.kv.layout import KvDtype, KvLayout
+from tandem.errors import Reason, TandemError, invalid_field
+from tandem.worker.v1 import kv_pb2
+
+_DTYPES: dict[KvDtype, kv_pb2.KvDtype] = {
+    "float32": kv_pb2.KV_DTYPE_FLOAT32,
+    "bfloat16": kv_pb2.KV_DTYPE_BFLOAT16,
+    "float16": kv_pb2.KV_DTYPE_FLOAT16,
+}
+_DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}
+
+
+def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:
+    return kv_pb2.KvLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+        dtype=_DTYPES[layout.dtype],
+        tensor_parallel_size=layout.tensor_parallel_size,
+        tensor_parallel_rank=layout.tensor_parallel_rank,
+    )
+
+
+def layout_from_proto(message: kv_pb2.KvLayout) -> KvLayout:
+    """Raises KV_LAYOUT_MISMATCH for a type of element that this version does not know."""
+    dtype = _DTYPE_NAMES.get(message.dtype)
+    if dtype is None:
+        raise TandemError(Reason.KV_LAYOUT_MISMATCH, f"KV elements of type {message.dtype} are not known here")
+    return KvLayout(
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        block_tokens=message.block_tokens,
+        dtype=dtype,
+        tensor_parallel_size=message.tensor_parallel_size,
+        tensor_parallel_rank=message.tensor_parallel_rank,
+    )
+
+
+def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
+    return kv_pb2.KvTicket(
+        ticket_id=ticket.ticket_id,
+        epoch=ticket.epoch,
+        producer_id=ticket.producer_id,
+        model_digest=ticket.model_digest,
+        tokenizer_digest=ticket.tokenizer_digest,
+        layout=layout_to_proto(ticket.layout),
+        num_tokens=ticket.num_tokens,
+        block_ids=ticket.block_ids,
+        lease_ms=ticket.lease_ms,
+        checksum_algorithm=kv_pb2.CHECKSUM_ALGORITHM_XXH3_64,
+        offers=[_offer_to_proto(offer) for offer in ticket.offers],
+        address=ticket.address,
+    )
+
+
+def ticket_from_proto(message: kv_pb2.KvTicket) -> KvTicket:
+    """Raises INVALID_REQUEST for a ticket that lacks a part, KV_LAYOUT_MISMATCH for a layout or checksum not known here."""
+    for name in ("ticket_id", "producer_id", "address", "num_tokens"):
+        if not getattr(message, name):
+            raise invalid_field(f"ticket.{name}", "must be set")
+    if message.checksum_algorithm != kv_pb2.CHECKSUM_ALGORITHM_XXH3_64:
+        raise TandemError(Reason.KV_LAYOUT_MISMATCH, f"checksum algorithm {message.checksum_algorithm} is not known here")
+    offers = (_offer_from_proto(offer) for offer in message.offers)
+    return KvTicket(
+        ticket_id=message.ticket_id,
+        epoch=message.epoch,
+        producer_id=message.producer_id,
+        model_digest=message.model_digest,
+        tokenizer_digest=message.tokenizer_digest,
+        layout=layout_from_proto(message.layout),
+        num_tokens=message.num_tokens,
+        block_ids=tuple(message.block_ids),
+        lease_ms=message.lease_ms,
+        offers=tuple(offer for offer in offers if offer is not None),
+        address=message.address,
+    )
+
+
+def frame_to_proto(frame: Frame) -> kv_pb2.PullResponse:
+    match frame:
+        case BlocksFrame(epoch, first_block_index, checksums):
+            blocks = kv_pb2.BlocksReady(epoch=epoch, first_block_index=first_block_index, checksums=checksums)
+            return kv_pb2.PullResponse(blocks=blocks)
+        case EndFrame(epoch, first_token_id):
+            return kv_pb2.PullResponse(end=kv_pb2.PullEnd(epoch=epoch, first_token_id=first_token_id))
+        case _:
+            raise AssertionError("gRPC has its own sign of life")
+
+
+def frame_from_proto(message: kv_pb2.PullResponse) -> Frame | None:
+    """None for a kind of frame that this version does not know."""
+    match message.WhichOneof("frame"):
+        case "blocks":
+            return BlocksFrame(message.blocks.epoch, message.blocks.first_block_index, tuple(message.blocks.checksums))
+        case "end":
+            return EndFrame(message.end.epoch, message.end.first_token_id)
+        case _:
+            return None
+
+
+def _offer_to_proto(offer: TransportOffer) -> kv_pb2.TransportOffer:
+    match offer:
+        case ShmOffer(pid, fd, inode, boot_id, pool_bytes):
+            shm = kv_pb2.ShmOffer(pid=pid, fd=fd, inode=inode, boot_id=boot_id, pool_bytes=pool_bytes)
+            return kv_pb2.TransportOffer(shm=shm)
+        case TcpOffer(host, port):
+            return kv_pb2.TransportOffer(tcp=kv_pb2.TcpOffer(host=host, port=port))
+
+
+def _offer_from_proto(message: kv_pb2.TransportOffer) -> TransportOffer | None:
+    """None for a transport that this version does not know."""
+    match message.WhichOneof("transport"):
+        case "shm":
+            shm = message.shm
+            return ShmOffer(shm.pid, shm.fd, shm.inode, shm.boot_id, shm.pool_bytes)
+        case "tcp":
+            return TcpOffer(message.tcp.host, message.tcp.port)
+        case _:
+            return None
