@@ -36,7 +36,7 @@ class Model:
         self.config, self._operations = config, operations
         self._embedding, self._norm, self._frequencies = tensors["embedding"], tensors["norm"], tensors[ROPE]
         self._layers = [_make_layer(tensors, f"layers.{index}.", operations) for index in range(config.num_layers)]
-        self._head = operations.linear(tensors["embedding" if config.tie_embeddings else "head"])
+        self._head = operations.linear(tensors["embedding" if config.tie_embeddings else "head"], lasting=True)
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +58,7 @@ class ModelRunner:
         """Loads, and converts at the first start. Raises UnsupportedModelError, WeightsError."""
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
-        operations: Operations = TorchOperations()
+        operations = _choose_operations(config, settings)
         dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
         tensors = load_tensors(WeightRequest(files, config, dtype, settings.device, settings.cache_directory), report)
         return cls(Model(config, tensors, operations), settings, dtype)
@@ -81,3 +83,15 @@ class ModelRunner:
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles and touches what the first requests would otherwise wait for."""
+
+
+def _choose_operations(config: ModelConfig, settings: RunnerSettings) -> Operations:
+    """Compiled kernels where they can be had, the references elsewhere."""
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    if settings.device != "cpu" or importlib.util.find_spec("numba") is None or config.head_dim % 16:
+        return TorchOperations()
+    from llm.ops.cpu.operations import CpuOperations, set_threads
+
+    set_threads(threads)
+    return CpuOperations(threads)

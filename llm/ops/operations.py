@@ -17,7 +17,9 @@ from llm.ops.silu_mul import silu_mul
 class Operations(Protocol):
     """Results may lie in memory that the next call of the same operation reuses; shapes are those of the references."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
+        """`lasting`: the results are the caller's to keep."""
+        ...
 
     def embed(self, table: torch.Tensor, batch: Batch) -> torch.Tensor: ...
 
@@ -39,13 +41,15 @@ class Operations(Protocol):
 class TorchOperations:
     """The references. They run wherever torch does, and serve where nothing faster is installed."""
 
-    linear = staticmethod(TorchLinear)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     head_norm = staticmethod(head_norm)
     rotate_and_write = staticmethod(rotate_and_write)
     attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
+        return TorchLinear(weight, bias)
 
     def embed(self, table: torch.Tensor, batch: Batch) -> torch.Tensor:
         return table[batch.tensors["token_ids"].to(table.device)].to(torch.float32)
