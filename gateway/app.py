@@ -43,6 +43,24 @@ class Gateway:
         self.directory.start()
         return port
 
+    @property
+    def num_running(self) -> int:
+        """Requests that run or wait."""
+        return self._admission.num_running + self._admission.num_queued
+
+    @property
+    def draining(self) -> bool:
+        return self._generation.draining
+
+    async def stop(self) -> None:
+        """Ends a gateway that was started but does not wait for signals."""
+        self.server.stop()
+        await self.run_until_stopped()
+
+    async def run_until_stopped(self) -> None:
+        """Serves until told to stop, then ends in order."""
+        await self.server.run_until_stopped(self.drain, self.close)
+
     async def drain(self) -> None:
         """Refuses new requests and waits for the present ones."""
         self._generation.draining = True
@@ -65,7 +83,7 @@ class Gateway:
 
     def _on_worker(self, address: str) -> None:
         self._ledger.heard(address)
-        ready = not self._generation.draining and all(
+        ready = not self.draining and all(
             usable(self.directory.workers, role, self._model.digest) for role in (Role.PREFILL, Role.DECODE)
         )
         if ready != self.server.ready:
@@ -83,7 +101,7 @@ async def serve(settings: GatewaySettings) -> int:
     gateway = Gateway(model, settings)
     port = await gateway.start()
     logger.info("gateway for %s listens on %s:%d", model.name, settings.server.host, port)
-    await gateway.server.run_until_stopped(gateway.drain, gateway.close)
+    await gateway.run_until_stopped()
     return 0
 
 

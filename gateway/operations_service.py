@@ -49,10 +49,11 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
             raise invalid_field("trace_id", "must be 32 lower-case hexadecimal digits")
         reachable = [worker for worker in self._directory.workers if worker.worker_id]
         found = await asyncio.gather(*(self._spans_of(worker, trace_id) for worker in reachable))
-        spans: list[operations_pb2.Span] = list(itertools.chain(recent_spans(trace_id), *found))
+        spans = [*recent_spans(trace_id), *itertools.chain.from_iterable(found)]
         if not spans:
             raise TandemError(Reason.TRACE_NOT_FOUND, f"no process remembers trace {trace_id}", metadata={"trace_id": trace_id})
-        return operations_pb2.GetTraceResponse(spans=sorted(spans, key=lambda span: span.start_time.ToNanoseconds()))
+        in_order = sorted(spans, key=_start_ns)
+        return operations_pb2.GetTraceResponse(spans=in_order)
 
     async def _spans_of(self, worker: Worker, trace_id: str) -> Sequence[operations_pb2.Span]:
         try:
@@ -62,6 +63,10 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
             logger.warning("no spans from %s: %s", worker.address, error)
             return ()
         return list(response.spans)
+
+
+def _start_ns(span: operations_pb2.Span) -> int:
+    return int(span.start_time.ToNanoseconds())
 
 
 def _summary(worker: Worker) -> operations_pb2.WorkerSummary:

@@ -1,0 +1,270 @@
+"""Cancelling, overload, refusals and lost workers: every request ends once, and nothing stays held."""
+
+import asyncio
+import time
+
+import grpc.aio
+import pytest
+
+from gateway.relay import user_error
+from tandem.api.v1 import operations_pb2, operations_pb2_grpc
+from tandem.errors import Reason, TandemError
+from tests.fakes.workers import FakeDecode, letters, spelling
+from tests.service.gateway.conftest import MakeSuite, Suite, collect
+
+ENDLESS = spelling("", then=3 + ord("x"))
+PHASES = [("prefill", phase) for phase in ("queue", "admit", "run", "done")] + [
+    ("decode", phase) for phase in ("reserve", "pull", "run", "token 1", "token 5", "end")
+]
+
+
+@pytest.mark.parametrize(("kind", "phase"), PHASES)
+async def test_cancelling_ends_both_legs_at_every_phase(suite: Suite, kind: str, phase: str) -> None:
+    worker = suite.prefill if kind == "prefill" else suite.decode
+    worker.gates.close(phase)
+    call = suite.call(text="hello", stopping={"max_tokens": 10})
+    reading = asyncio.create_task(collect(call))
+    await worker.gates.reached(phase)
+    began = time.monotonic()
+    call.cancel()
+    await suite.all_idle()
+    assert time.monotonic() - began < 0.5
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    (counts,) = (count for method, count in suite.gateway.server.counts.items() if method.endswith("/Generate"))
+    await suite.until(lambda: counts.cancelled == 1)
+    assert (counts.received, counts.ok, counts.failed, counts.rejected) == (1, 0, 0, 0)
+
+
+async def test_cancelling_in_the_queue_leaves_no_trace(make_suite: MakeSuite) -> None:
+    suite = await make_suite(max_running=1)
+    suite.prefill.gates.close("run")
+    first = asyncio.create_task(suite.generate(text="one", stopping={"max_tokens": 3}))
+    await suite.prefill.gates.reached("run")
+    waiting = suite.call(text="two", stopping={"max_tokens": 3})
+    reading = asyncio.create_task(collect(waiting))
+    await suite.until(lambda: suite.gateway.num_running == 2)
+    waiting.cancel()
+    await suite.until(lambda: suite.gateway.num_running == 1)
+    suite.prefill.gates.open("run")
+    assert (await first).error is None
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert len(suite.prefill.requests) == 1
+
+
+async def test_a_full_gateway_refuses_with_advice(make_suite: MakeSuite) -> None:
+    suite = await make_suite(max_running=2, max_queued=3)
+    suite.prefill.gates.close("run")
+    running = [asyncio.create_task(suite.generate(text=f"r{number}", stopping={"max_tokens": 3})) for number in range(5)]
+    await suite.until(lambda: suite.gateway.num_running == 5)
+    refused = [await suite.generate(text="more") for _ in range(4)]
+    for answer in refused:
+        assert answer.error is not None
+        assert (answer.error.reason, answer.error.code) == (Reason.QUEUE_FULL, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert answer.error.retry_after_s
+    suite.prefill.gates.open("run")
+    assert all(answer.error is None for answer in await asyncio.gather(*running))
+    assert (await suite.generate(text="again", stopping={"max_tokens": 1})).error is None
+
+
+async def test_waiting_prompts_are_bounded_by_tokens(make_suite: MakeSuite) -> None:
+    suite = await make_suite(max_running=1, max_queued_tokens=10)
+    suite.prefill.gates.close("run")
+    running = [asyncio.create_task(suite.generate(text="123456", stopping={"max_tokens": 3})) for _ in range(2)]
+    await suite.until(lambda: suite.gateway.num_running == 2)
+    answer = await suite.generate(text="123456")
+    assert answer.error is not None and answer.error.reason is Reason.QUEUE_FULL
+    suite.prefill.gates.open("run")
+    await asyncio.gather(*running)
+
+
+async def test_deadlines_end_the_work(suite: Suite) -> None:
+    suite.decode.gates.close("token 3")
+    answer = await suite.generate(timeout=0.3, text="hello", stopping={"max_tokens": 10})
+    assert answer.error is not None and answer.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await suite.all_idle()
+
+
+async def test_the_servers_cap_holds_without_a_deadline(make_suite: MakeSuite) -> None:
+    suite = await make_suite(max_deadline_s=0.2)
+    suite.prefill.gates.close("run")
+    answer = await suite.generate(timeout=None, text="hello")
+    assert answer.error is not None and answer.error.reason is Reason.DEADLINE_EXCEEDED
+    await suite.all_idle()
+
+
+async def test_a_refused_ticket_goes_to_another_decode_worker(make_suite: MakeSuite) -> None:
+    suite = await make_suite(1, 2)
+    first, second = sorted(suite.decodes, key=lambda worker: worker.address)
+    first.gates.faults["reserve"] = TandemError(Reason.KV_BLOCKS_EXHAUSTED, "no room")
+    answer = await suite.generate(text="hello", stopping={"max_tokens": 5})
+    assert answer.token_ids == [letters([3 + byte for byte in b"hello"], index) for index in range(5)]
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+    assert first.requests[0].ticket == second.requests[0].ticket
+    assert len(suite.prefill.requests) == 1
+
+
+@pytest.mark.parametrize("reason", [Reason.KV_BLOCKS_EXHAUSTED, Reason.QUEUE_FULL, Reason.DRAINING])
+async def test_a_ticket_that_nobody_takes_is_released(make_suite: MakeSuite, reason: Reason) -> None:
+    suite = await make_suite(1, 2)
+    suite.prefill.gates.close("run")
+    for worker in suite.decodes:
+        worker.gates.faults["reserve"] = TandemError(reason, "no")
+    answer = await suite.generate(text="hello")
+    assert answer.error is not None and answer.error.reason is reason
+    assert answer.error.retry_after_s
+    await suite.all_idle()
+    assert all(len(worker.requests) == 1 for worker in suite.decodes)
+
+
+async def test_a_worker_lost_before_the_first_token_is_unavailable(suite: Suite) -> None:
+    suite.prefill.gates.close("run")
+    answering = asyncio.create_task(suite.generate(text="hello"))
+    await suite.prefill.gates.reached("run")
+    await suite.prefill.kill()
+    answer = await answering
+    assert answer.error is not None
+    assert (answer.error.reason, answer.error.code) == (Reason.WORKER_LOST, grpc.StatusCode.UNAVAILABLE)
+    assert answer.error.retry_after_s
+    await suite.until(lambda: not suite.decode.book.running)
+
+
+async def test_a_worker_lost_after_tokens_breaks_the_stream(suite: Suite) -> None:
+    suite.decode.gates.close("token 4")
+    answering = asyncio.create_task(suite.generate(text="hello"))
+    await suite.decode.gates.reached("token 4")
+    await suite.decode.kill()
+    answer = await answering
+    assert answer.error is not None
+    assert (answer.error.reason, answer.error.code) == (Reason.STREAM_BROKEN, grpc.StatusCode.ABORTED)
+    assert answer.error.metadata["tokens_delivered"] == str(len(answer.token_ids)) == "4"
+    assert answer.token_ids == [letters([3 + byte for byte in b"hello"], index) for index in range(4)]
+
+
+@pytest.mark.parametrize("worker_error", [Reason.ENGINE_FAILED, Reason.CANCELLED, Reason.KV_CHECKSUM_MISMATCH])
+async def test_a_failing_engine_is_a_lost_worker(suite: Suite, worker_error: Reason) -> None:
+    suite.prefill.gates.faults["run"] = TandemError(worker_error, "broken")
+    answer = await suite.generate(text="hello")
+    assert answer.error is not None
+    assert answer.error.reason is Reason.WORKER_LOST
+    assert answer.error.metadata["cause"] == worker_error.value
+    await suite.all_idle()
+
+
+async def test_a_mismatch_is_not_to_be_retried(suite: Suite) -> None:
+    suite.decode.gates.faults["reserve"] = TandemError(Reason.KV_LAYOUT_MISMATCH, "other shape")
+    suite.prefill.gates.close("run")
+    answer = await suite.generate(text="hello")
+    assert answer.error is not None
+    assert answer.error.code is grpc.StatusCode.FAILED_PRECONDITION
+    await suite.all_idle()
+
+
+async def test_a_gap_is_an_error_and_never_wrong_text(suite: Suite) -> None:
+    suite.decode.skipped_index = 3
+    answer = await suite.generate(text="hello", stopping={"max_tokens": 10})
+    assert answer.error is not None
+    assert answer.error.reason is Reason.INTERNAL
+    assert answer.token_ids == [letters([3 + byte for byte in b"hello"], index) for index in range(3)]
+    await suite.all_idle()
+
+
+async def test_a_prefill_worker_lost_after_the_first_token_harms_nobody(suite: Suite) -> None:
+    suite.prefill.gates.close("done")
+    suite.prefill.gates.faults["done"] = TandemError(Reason.ENGINE_FAILED, "gone")
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 5}))
+    await suite.prefill.gates.reached("done")
+    suite.prefill.gates.open("done")
+    answer = await answering
+    assert answer.error is None
+    assert len(answer.token_ids) == 5
+
+
+async def test_without_workers_requests_fail_fast_and_the_gateway_is_not_ready(suite: Suite) -> None:
+    assert suite.gateway.server.ready
+    await suite.decode.kill()
+    await suite.until(lambda: not suite.gateway.server.ready)
+    began = time.monotonic()
+    answer = await suite.generate(text="hello")
+    assert answer.error is not None
+    assert (answer.error.reason, answer.error.code) == (Reason.NO_WORKER, grpc.StatusCode.UNAVAILABLE)
+    assert "decode" in answer.error.message
+    assert time.monotonic() - began < 2
+
+
+async def test_a_worker_that_comes_back_is_used_again(suite: Suite) -> None:
+    port = int(suite.decode.address.rpartition(":")[2])
+    await suite.decode.kill()
+    await suite.until(lambda: not suite.gateway.server.ready)
+    successor = FakeDecode(suite.model.digest, letters)
+    await successor.start(port)
+    await suite.until(lambda: suite.gateway.server.ready)
+    assert (await suite.generate(text="hello", stopping={"max_tokens": 5})).error is None
+    assert len(successor.requests) == 1
+    await successor.kill()
+
+
+async def test_a_draining_worker_is_not_used(make_suite: MakeSuite) -> None:
+    suite = await make_suite(1, 2)
+    suite.decodes[0].say(ready=False)
+    await suite.until(lambda: sum(worker.ready for worker in suite.gateway.directory.workers) == 2)
+    for number in range(3):
+        assert (await suite.generate(text=f"hello {number}", stopping={"max_tokens": 2})).error is None
+    assert not suite.decodes[0].requests
+
+
+async def test_a_draining_gateway_finishes_and_refuses(suite: Suite) -> None:
+    suite.decode.gates.close("token 3")
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 5}))
+    await suite.decode.gates.reached("token 3")
+    draining = asyncio.create_task(suite.gateway.drain())
+    await suite.until(lambda: suite.gateway.draining)
+    answer = await suite.generate(text="late")
+    assert answer.error is not None and answer.error.reason is Reason.DRAINING
+    suite.decode.gates.open("token 3")
+    assert len((await answering).token_ids) == 5
+    await draining
+
+
+async def test_a_client_that_takes_nothing_is_cut_off_and_others_are_not(make_suite: MakeSuite) -> None:
+    suite = await make_suite(token=ENDLESS, stall_limit_s=0.3)
+    address = f"127.0.0.1:{suite.gateway.server.port}"
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384), ("grpc.use_local_subchannel_pool", 1))
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        slow = Suite(suite.gateway, suite.model, channel, suite.prefills, suite.decodes).call(
+            text="hello", stopping={"max_tokens": 2000}, output={"logprobs": 20}
+        )
+        await slow.read()
+        other = await suite.generate(text="other", stopping={"max_tokens": 50})
+        assert other.error is None
+        counts = next(count for method, count in suite.gateway.server.counts.items() if method.endswith("/Generate"))
+        await suite.until(lambda: counts.rejected == 1)
+        await suite.all_idle()
+        slow.cancel()
+
+
+async def test_operators_see_the_suite(suite: Suite) -> None:
+    suite.prefill.say(queued_tokens=77, free_blocks=5)
+    await suite.until(lambda: any(worker.queued_tokens == 77 for worker in suite.gateway.directory.workers))
+    stub = operations_pb2_grpc.OperationsServiceStub(suite.channel)
+    shown = await stub.GetSuite(operations_pb2.GetSuiteRequest())
+    prefill, decode = shown.workers
+    assert (prefill.role, decode.role) == (operations_pb2.WORKER_ROLE_PREFILL, operations_pb2.WORKER_ROLE_DECODE)
+    assert (prefill.queued_tokens, prefill.free_blocks, prefill.ready) == (77, 5, True)
+    assert (prefill.worker_id, prefill.address) == (suite.prefill.worker_id, suite.prefill.address)
+    for trace_id, code in (("zz", grpc.StatusCode.INVALID_ARGUMENT), ("0" * 32, grpc.StatusCode.NOT_FOUND)):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.GetTrace(operations_pb2.GetTraceRequest(trace_id=trace_id))
+        assert raised.value.code() is code
+
+
+def test_what_a_failure_means_depends_on_the_tokens_out() -> None:
+    lost = TandemError(Reason.TRANSFER_INTERRUPTED, "cut")
+    assert user_error(lost, 0).reason is Reason.WORKER_LOST
+    assert user_error(lost, 3).reason is Reason.STREAM_BROKEN
+    full = TandemError(Reason.QUEUE_FULL, "full")
+    assert user_error(full, 0) is full
+    assert user_error(full, 1).reason is Reason.STREAM_BROKEN
+    late = TandemError(Reason.DEADLINE_EXCEEDED, "late")
+    assert user_error(late, 3) is late

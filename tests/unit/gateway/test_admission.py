@@ -1,0 +1,140 @@
+"""Admission: bounded, in order, and safe against cancelling."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.admission import Admission, AdmissionLimits
+from tandem.errors import Reason, TandemError
+
+FOREVER = float("inf")
+
+
+class Client:
+    """A request that holds its place until told to leave."""
+
+    def __init__(self, admission: Admission, num_tokens: int = 1) -> None:
+        self.leave = asyncio.Event()
+        self.inside = False
+        self.task = asyncio.create_task(self._stay(admission, num_tokens))
+
+    async def _stay(self, admission: Admission, num_tokens: int) -> None:
+        async with admission.place(num_tokens, FOREVER):
+            self.inside = True
+            try:
+                await self.leave.wait()
+            finally:
+                self.inside = False
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def admission() -> AsyncIterator[Admission]:
+    yield Admission(AdmissionLimits(max_running=2, max_queued=3, max_queued_tokens=100))
+
+
+async def test_places_are_given_in_order(admission: Admission) -> None:
+    clients = [Client(admission) for _ in range(5)]
+    await settle()
+    assert [client.inside for client in clients] == [True, True, False, False, False]
+    assert (admission.num_running, admission.num_queued) == (2, 3)
+    clients[1].leave.set()
+    await settle()
+    assert [client.inside for client in clients] == [True, False, True, False, False]
+    for client in clients:
+        client.leave.set()
+    await admission.wait_idle()
+    assert (admission.num_running, admission.num_queued) == (0, 0)
+
+
+async def test_a_full_queue_refuses_at_once(admission: Admission) -> None:
+    clients = [Client(admission) for _ in range(5)]
+    await settle()
+    with pytest.raises(TandemError) as raised:
+        async with admission.place(1, FOREVER):
+            pass
+    assert raised.value.reason is Reason.QUEUE_FULL
+    for client in clients:
+        client.task.cancel()
+    await admission.wait_idle()
+
+
+async def test_waiting_tokens_are_bounded_but_running_ones_are_not(admission: Admission) -> None:
+    clients = [Client(admission, 1000), Client(admission, 1000), Client(admission, 60)]
+    await settle()
+    with pytest.raises(TandemError):
+        admission.check(41)
+    admission.check(40)
+    for client in clients:
+        client.task.cancel()
+    await admission.wait_idle()
+
+
+async def test_a_passed_deadline_is_refused() -> None:
+    admission = Admission(AdmissionLimits(1, 1, 1), clock=lambda: 100.0)
+    with pytest.raises(TandemError) as raised:
+        async with admission.place(1, 100.0):
+            pass
+    assert raised.value.reason is Reason.DEADLINE_EXCEEDED
+
+
+async def test_a_place_given_to_a_cancelled_waiter_goes_on(admission: Admission) -> None:
+    clients = [Client(admission) for _ in range(4)]
+    await settle()
+    clients[2].task.cancel()  # cancelled, and in the same turn of the loop its place becomes free
+    clients[0].leave.set()
+    await settle()
+    assert [client.inside for client in clients] == [False, True, False, True]
+    clients[1].leave.set()
+    clients[3].leave.set()
+    await admission.wait_idle()
+
+
+async def test_a_waiter_cancelled_after_its_turn_came_hands_it_on(admission: Admission) -> None:
+    clients = [Client(admission) for _ in range(4)]
+    await settle()
+    clients[0].leave.set()
+    await asyncio.sleep(0)  # the leaving client has given its place to the third, which has not run yet
+    clients[2].task.cancel()
+    await settle()
+    assert admission.num_running == 2
+    assert clients[3].inside
+    for client in clients:
+        client.leave.set()
+    await admission.wait_idle()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "cancel"]), st.integers(0, 9), st.integers(0, 2)), max_size=60))
+@settings(deadline=None, max_examples=50)
+def test_places_are_never_lost(steps: list[tuple[str, int, int]]) -> None:
+    asyncio.run(_random_walk(steps))
+
+
+async def _random_walk(steps: list[tuple[str, int, int]]) -> None:
+    admission = Admission(AdmissionLimits(max_running=2, max_queued=50, max_queued_tokens=1000))
+    clients: list[Client] = []
+    for step, number, turns in steps:
+        if step == "enter" or not clients:
+            clients.append(Client(admission))
+        elif step == "leave":
+            clients[number % len(clients)].leave.set()
+        else:
+            clients[number % len(clients)].task.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert admission.num_running <= 2
+    await settle()
+    assert sum(client.inside for client in clients) == admission.num_running
+    assert admission.num_queued == 0 or admission.num_running == 2
+    for client in clients:
+        client.leave.set()
+    await admission.wait_idle()
+    assert admission.num_running == 0
+    await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
