@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import grpc
 
 from gateway.calls import cancel_and_wait, end, read
 from gateway.completion import Completion
 from gateway.job import Ending, GenerationJob, Handoff
-from gateway.routing import Placement, PlacementLedger, Role, Worker, choose_decode, usable
+from gateway.routing import Placed, PlacementLedger, Role, Worker, choose, choose_decode, usable
 from gateway.timeline import Timeline
 from gateway.wire import decode_request, prefill_request, tokens_from
 from gateway.workers import WorkerDirectory
@@ -48,9 +49,17 @@ class Relay:
         self.ledger = ledger
         self._releases: set[asyncio.Task[None]] = set()
 
-    async def run(self, job: GenerationJob, placement: Placement, completion: Completion, timeline: Timeline) -> Ending:
+    @contextmanager
+    def place(self, job: GenerationJob) -> Iterator[Placed]:
+        """Chooses workers and counts the request at them. Raises NO_WORKER."""
+        num_tokens = len(job.token_ids)
+        placement = choose(self.directory.workers, job.model_digest, num_tokens, self.ledger)
+        with self.ledger.placed(placement, num_tokens) as placed:
+            yield placed
+
+    async def run(self, job: GenerationJob, placed: Placed, completion: Completion, timeline: Timeline) -> Ending:
         """Feeds `completion` until it has ended. Cancelling ends both legs. Raises what the user is to see."""
-        attempt = _Attempt(self, job, placement, completion, timeline)
+        attempt = _Attempt(self, job, placed, completion, timeline)
         try:
             return await attempt.run()
         except TandemError as error:
@@ -81,10 +90,10 @@ class _Attempt:
     A later attempt would prefill the prompt and what `completion` already has, under a higher number, and go on from there.
     """
 
-    def __init__(self, relay: Relay, job: GenerationJob, placement: Placement, completion: Completion, timeline: Timeline) -> None:
+    def __init__(self, relay: Relay, job: GenerationJob, placed: Placed, completion: Completion, timeline: Timeline) -> None:
         self._relay = relay
         self._job = job
-        self._placement = placement
+        self._placed = placed
         self._completion = completion
         self._timeline = timeline
         self._number = 1
@@ -111,21 +120,20 @@ class _Attempt:
             self._release_unless_pulled()
 
     async def _prefill(self) -> None:
-        worker = self._placement.prefill
+        worker = self._placed.placement.prefill
         request = prefill_request(self._job, self._number, self._token_ids, self._first_token_only)
         stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(worker))  # type: ignore[no-untyped-call]
-        with self._relay.ledger.sending(worker.address, len(self._token_ids)) as arrived:
-            call = stub.Prefill(request, timeout=self._remaining_s(), metadata=call_metadata())
-            try:
-                while (event := await read(call)) is not None:
-                    arrived()
-                    self._on_prefill(event)
-            except TandemError:
-                # With the first token here, all depends on the decode leg, which knows best whether it has its blocks.
-                if not self._first_token.is_set():
-                    raise
-            finally:
-                await end(call)
+        call = stub.Prefill(request, timeout=self._remaining_s(), metadata=call_metadata())
+        try:
+            while (event := await read(call)) is not None:
+                self._placed.prefill_arrived()
+                self._on_prefill(event)
+        except TandemError:
+            # With the first token here, all depends on the decode leg, which knows best whether it has its blocks.
+            if not self._first_token.is_set():
+                raise
+        finally:
+            await end(call)
         if not self._first_token.is_set():
             raise TandemError(Reason.INTERNAL, "the prefill worker ended its stream without a first token")
 
@@ -151,37 +159,39 @@ class _Attempt:
     async def _decode(self) -> None:
         """Offers the ticket to the placed worker, and after a refusal to each of the others."""
         ticket = await self._ticket
-        worker, refused = self._placement.decode, set[str]()
-        while True:
-            try:
-                await self._decode_on(worker, ticket)
-                return
-            except TandemError as error:
-                refused.add(worker.address)
-                another = self._another_decode(refused)
-                if error.reason not in _REFUSALS or self._handoff is not None or another is None:
-                    raise
+        worker, arrived, refused = self._placed.placement.decode, self._placed.decode_arrived, set[str]()
+        with ExitStack() as counted:
+            while True:
+                try:
+                    await self._decode_on(worker, ticket, arrived)
+                    return
+                except TandemError as error:
+                    refused.add(worker.address)
+                    another = self._another_decode(refused)
+                    if error.reason not in _REFUSALS or self._handoff is not None or another is None:
+                        raise
+                arrived()
                 worker = another
+                arrived = counted.enter_context(self._relay.ledger.sending(worker.address, len(self._token_ids)))
 
     def _another_decode(self, refused: set[str]) -> Worker | None:
-        layout = self._placement.prefill.layout
+        layout = self._placed.placement.prefill.layout
         workers = usable(self._relay.directory.workers, Role.DECODE, self._job.model_digest, without=refused)
         fitting = [worker for worker in workers if worker.layout == layout]
         return choose_decode(fitting, layout, len(self._token_ids), self._relay.ledger) if fitting else None
 
-    async def _decode_on(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:
+    async def _decode_on(self, worker: Worker, ticket: kv_pb2.KvTicket, arrived: Callable[[], None]) -> None:
         request = decode_request(self._job, self._number, self._token_ids, ticket)
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel(worker))  # type: ignore[no-untyped-call]
-        with self._relay.ledger.sending(worker.address, len(self._token_ids)) as arrived:
-            call = stub.Decode(request, timeout=self._remaining_s(), metadata=call_metadata())
-            try:
-                while (event := await read(call)) is not None:
-                    arrived()
-                    await self._on_decode(event)
-                    if self._completion.cut_short or event.WhichOneof("event") == "finished":
-                        return
-            finally:
-                await end(call)
+        call = stub.Decode(request, timeout=self._remaining_s(), metadata=call_metadata())
+        try:
+            while (event := await read(call)) is not None:
+                arrived()
+                await self._on_decode(event)
+                if self._completion.cut_short or event.WhichOneof("event") == "finished":
+                    return
+        finally:
+            await end(call)
         raise TandemError(Reason.INTERNAL, "the decode worker ended its stream before the completion had ended")
 
     async def _on_decode(self, event: decode_pb2.DecodeResponse) -> None:
@@ -206,7 +216,7 @@ class _Attempt:
 
     def _release_unless_pulled(self) -> None:
         if self._ticket.done() and not self._ticket.cancelled() and self._handoff is None:
-            self._relay.release_soon(self._placement.prefill, self._ticket.result())
+            self._relay.release_soon(self._placed.placement.prefill, self._ticket.result())
 
     def _remaining_s(self) -> float:
         return max(self._job.deadline - time.monotonic(), 0.0)

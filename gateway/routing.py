@@ -60,7 +60,16 @@ class Placement:
     decode: Worker
 
 
-@dataclass
+@dataclass(frozen=True)
+class Placed:
+    """A placement that is counted; `prefill_arrived` and `decode_arrived` are called once the worker has answered."""
+
+    placement: Placement
+    prefill_arrived: Callable[[], None]
+    decode_arrived: Callable[[], None]
+
+
+@dataclass(eq=False)
 class _Sent:
     """A request sent to a worker. Once it has `arrived`, the worker's next word counts it."""
 
@@ -94,6 +103,15 @@ class PlacementLedger:
         finally:
             if request in pending.sent:
                 pending.sent.remove(request)
+
+    @contextmanager
+    def placed(self, placement: Placement, num_tokens: int) -> Iterator[Placed]:
+        """Counts a request at both of its workers."""
+        with (
+            self.sending(placement.prefill.address, num_tokens) as prefill_arrived,
+            self.sending(placement.decode.address, num_tokens) as decode_arrived,
+        ):
+            yield Placed(placement, prefill_arrived, decode_arrived)
 
     def heard(self, address: str) -> None:
         """A worker spoke: what had arrived by then is in its own numbers."""

@@ -17,9 +17,9 @@ from gateway.pending import PendingOutput
 from gateway.prompts import prompt_tokens
 from gateway.relay import Relay
 from gateway.request_id import new_request_id
-from gateway.routing import Placement, choose
+from gateway.routing import Placed
 from gateway.served_model import ServedModel
-from gateway.spans import note_ending, note_job, note_request, request_span
+from gateway.spans import note_ending, note_job, note_placement, note_request, request_span
 from gateway.timeline import Timeline
 from gateway.validate import check_length, check_request
 from gateway.wire import ResponseWriter
@@ -97,25 +97,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         route = tracer().start_span("gateway.route")
         try:
             async with self._admission.place(len(job.token_ids), job.deadline):
-                placement = self._place(job)
-                timeline.placed()
-                route.set_attributes(
-                    {"tandem.prefill.address": placement.prefill.address, "tandem.decode.address": placement.decode.address}
-                )
-                route.end()
-                await self._stream(job, placement, timeline, context, span)
+                with self._relay.place(job) as placed:
+                    timeline.placed()
+                    note_placement(route, placed.placement)
+                    route.end()
+                    await self._stream(job, placed, timeline, context, span)
         finally:
-            route.end() if route.is_recording() else None
-
-    def _place(self, job: GenerationJob) -> Placement:
-        return choose(self._relay.directory.workers, job.model_digest, len(job.token_ids), self._relay.ledger)
+            if route.is_recording():
+                route.end()
 
     async def _stream(
-        self, job: GenerationJob, placement: Placement, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span
+        self, job: GenerationJob, placed: Placed, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span
     ) -> None:
         pending = PendingOutput()
         completion = Completion(job, self._model.tokenizer, pending)
-        relaying = asyncio.create_task(self._relay.run(job, placement, completion, timeline))
+        relaying = asyncio.create_task(self._relay.run(job, placed, completion, timeline))
         relaying.add_done_callback(lambda task: _hand_over(task, pending))
         try:
             ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context)

@@ -7,6 +7,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from gateway.job import Ending, GenerationJob
+from gateway.routing import Placement
 from gateway.served_model import ServedModel
 from gateway.validate import CheckedRequest
 from tandem.errors import TandemError
@@ -64,6 +65,10 @@ def note_job(span: Span, job: GenerationJob) -> None:
             "gen_ai.usage.input_tokens": len(job.token_ids),
         }
     )
+
+
+def note_placement(span: Span, placement: Placement) -> None:
+    span.set_attributes({"tandem.prefill.address": placement.prefill.address, "tandem.decode.address": placement.decode.address})
 
 
 def note_ending(span: Span, ending: Ending) -> None:

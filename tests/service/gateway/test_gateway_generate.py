@@ -189,7 +189,7 @@ async def test_sixteen_at_once_are_all_right_and_spread(make_suite: MakeSuite) -
     answers = await asyncio.gather(*(suite.generate(text=prompt, stopping={"max_tokens": 30}) for prompt in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.token_ids == [letters(ids(prompt), index) for index in range(30)]
-    assert all(len(worker.requests) >= 4 for worker in (*suite.prefills, *suite.decodes))
+    assert all(len(worker.requests) == 8 for worker in (*suite.prefills, *suite.decodes))
     await suite.all_idle()
 
 
@@ -215,6 +215,6 @@ async def test_a_trace_has_the_gateways_spans_under_the_clients(suite: Suite) ->
     assert attributes["gen_ai.request.model"] == "random:tiny"
     assert attributes["gen_ai.request.max_tokens"] == "2"
     assert attributes["gen_ai.usage.output_tokens"] == "2"
-    assert not any("hi" == value for value in attributes.values())
+    assert not any(value == "hi" for value in attributes.values())
     assert suite.prefill.traceparents[-1].startswith(f"00-{trace_id}-{root.span_id}")
     assert suite.decode.traceparents[-1].startswith(f"00-{trace_id}-{root.span_id}")

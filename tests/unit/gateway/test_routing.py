@@ -1,5 +1,6 @@
 """Placement: pure policy."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -53,13 +54,14 @@ def test_full_workers_are_the_last_choice() -> None:
 
 
 def test_a_burst_spreads_before_the_workers_report_it() -> None:
-    ledger = PlacementLedger()
+    ledger, burst = PlacementLedger(), ExitStack()
     workers = [PREFILL, replace(PREFILL, address="p2:1"), DECODE, replace(DECODE, address="d2:1")]
     counts: dict[str, int] = {}
     for _ in range(8):
-        for address in chosen(*workers, ledger=ledger):
+        placement = choose(workers, "model", 100, ledger)
+        burst.enter_context(ledger.placed(placement, 100))
+        for address in (placement.prefill.address, placement.decode.address):
             counts[address] = counts.get(address, 0) + 1
-            ledger.sending(address, 100).__enter__()
     assert counts == {"p1:1": 4, "p2:1": 4, "d1:1": 4, "d2:1": 4}
 
 
