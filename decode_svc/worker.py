@@ -28,7 +28,13 @@ async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files = await asyncio.to_thread(resolve_model, settings.model)
     weights = settings.weights
-    runner_settings = RunnerSettings("decode", cache_directory(), weights.device, weights.dtype, weights.threads or None)
+    runner_settings = RunnerSettings(
+        role="decode",
+        cache_directory=cache_directory(),
+        device=weights.device,
+        dtype=weights.dtype,
+        threads=weights.threads or None,
+    )
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
     worker = DecodeWorker(settings, files, loaded)
     await worker.start()

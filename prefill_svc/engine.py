@@ -146,13 +146,13 @@ class PrefillEngine:
 
     def step(self) -> bool:
         """One step of the engine thread; False if there was nothing to compute."""
-        chunks = self._schedule()
-        if not chunks:
+        work = self._schedule()
+        if not work:
             return False
         started = self._speed.start()
-        finished = self._run(chunks)
-        self._publish(chunks, finished)
-        self._speed.add(sum(chunk.num_tokens for chunk in chunks), started)
+        tokens = self._run(work)
+        self._publish(work, tokens)
+        self._speed.add(sum(chunk.num_tokens for chunk, _ in work), started)
         return True
 
     def _admit(self) -> None:

@@ -30,7 +30,13 @@ async def serve(settings: PrefillSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files = await asyncio.to_thread(resolve_model, settings.model)
     weights = settings.weights
-    runner_settings = RunnerSettings("prefill", cache_directory(), weights.device, weights.dtype, weights.threads or None)
+    runner_settings = RunnerSettings(
+        role="prefill",
+        cache_directory=cache_directory(),
+        device=weights.device,
+        dtype=weights.dtype,
+        threads=weights.threads or None,
+    )
     loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
     port = settings.server.port or free_port(settings.server.host)
     worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -45,6 +47,29 @@ class Node:
             while not self.idle:
                 await asyncio.sleep(0.002)
         self.allocator.check_integrity()
+
+    async def until(self, holds: Callable[[Any], bool], limit_s: float = 5.0) -> None:
+        """Returns once the engine's load is such."""
+        async with asyncio.timeout(limit_s):
+            while not holds(self.worker._engine.load()):
+                await asyncio.sleep(0.002)
+
+
+@contextlib.contextmanager
+def held(at: Node) -> Iterator[Callable[[], Awaitable[object]]]:
+    """Holds the engine in its next step until the block ends; what it yields waits until the step has begun."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(10)
+
+    at.runner.gate = hold
+    try:
+        yield lambda: asyncio.to_thread(entered.wait, 10)
+    finally:
+        at.runner.gate = lambda: None
+        leave.set()
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Prefill and decode workers together over real gRPC and real transports, with the fake model that reads its memory from KV."""
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -11,7 +10,17 @@ from tandem.api.v1 import generation_pb2
 from tandem.errors import Reason, from_rpc_error
 from tandem.worker.v1 import prefill_pb2
 from tests.fakes.runner import completion
-from tests.service.workers.harness import Pair, decode_request, generate, node, open_decode, open_prefill, pair, prefill_request
+from tests.service.workers.harness import (
+    Pair,
+    decode_request,
+    generate,
+    held,
+    node,
+    open_decode,
+    open_prefill,
+    pair,
+    prefill_request,
+)
 
 PROMPT = [(7 * index + 3) % 251 for index in range(41)]
 
@@ -99,13 +108,16 @@ async def test_preempted_sequences_finish_with_the_same_tokens() -> None:
 async def test_decode_refuses_before_anything_is_pulled() -> None:
     async with node("prefill") as prefill, node("decode", num_blocks=3) as decode:
         request = prefill_request(PROMPT[:14], max_tokens=20)
-        call = open_prefill(prefill, request)
-        admitted = (await call.read()).admitted
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await open_decode(decode, decode_request(admitted, request)).read()
-        error = from_rpc_error(caught.value)
-        assert (error.reason, caught.value.code()) == (Reason.KV_BLOCKS_EXHAUSTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-        call.cancel()
+        with held(prefill) as entered:
+            call = open_prefill(prefill, request)
+            admitted = (await call.read()).admitted
+            await entered()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await open_decode(decode, decode_request(admitted, request)).read()
+            error = from_rpc_error(caught.value)
+            assert (error.reason, caught.value.code()) == (Reason.KV_BLOCKS_EXHAUSTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            call.cancel()
+            await prefill.until(lambda load: load.num_running == 0)
         await prefill.wait_idle()
 
 
@@ -121,49 +133,40 @@ Cancel = Callable[[Pair], Awaitable[None]]
 
 async def _cancel_before_admission(nodes: Pair) -> None:
     """The first request takes the whole pool, so the second waits for blocks."""
-    big = open_prefill(nodes.prefill, prefill_request(list(range(250))))
-    assert (await big.read()).HasField("admitted")
-    waiting = open_prefill(nodes.prefill, prefill_request(PROMPT))
-    reading = asyncio.create_task(waiting.read())
-    await asyncio.sleep(0.01)
-    waiting.cancel()
-    big.cancel()
+    with held(nodes.prefill) as entered:
+        big = open_prefill(nodes.prefill, prefill_request(list(range(250))))
+        assert (await big.read()).HasField("admitted")
+        await entered()
+        waiting = open_prefill(nodes.prefill, prefill_request(PROMPT))
+        reading = asyncio.create_task(waiting.read())
+        await nodes.prefill.until(lambda load: load.num_waiting == 1)
+        waiting.cancel()
+        await nodes.prefill.until(lambda load: load.num_waiting == 0)
+        big.cancel()
+        await nodes.prefill.until(lambda load: load.num_running == 0)
     await asyncio.gather(reading, return_exceptions=True)
 
 
 async def _cancel_in_a_chunk(nodes: Pair) -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        leave.wait(5)
-
-    nodes.prefill.runner.gate = hold
-    call = open_prefill(nodes.prefill, prefill_request(PROMPT))
-    await call.read()
-    await asyncio.to_thread(entered.wait, 5)
-    call.cancel()
-    leave.set()
-    nodes.prefill.runner.gate = lambda: None
+    with held(nodes.prefill) as entered:
+        call = open_prefill(nodes.prefill, prefill_request(PROMPT))
+        await call.read()
+        await entered()
+        call.cancel()
+        await nodes.prefill.until(lambda load: load.num_running == 0)
+        assert not nodes.prefill.idle, "the step in flight still writes to its blocks"
 
 
 async def _cancel_while_pulling(nodes: Pair) -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        entered.set()
-        leave.wait(5)
-
     request = prefill_request(PROMPT)
-    nodes.prefill.runner.gate = hold
-    prefill = open_prefill(nodes.prefill, request)
-    decode = open_decode(nodes.decode, decode_request((await prefill.read()).admitted, request))
-    assert (await decode.read()).HasField("reserved")
-    await asyncio.to_thread(entered.wait, 5)
-    decode.cancel()
-    prefill.cancel()
-    leave.set()
-    nodes.prefill.runner.gate = lambda: None
+    with held(nodes.prefill) as entered:
+        prefill = open_prefill(nodes.prefill, request)
+        decode = open_decode(nodes.decode, decode_request((await prefill.read()).admitted, request))
+        assert (await decode.read()).HasField("reserved")
+        await entered()
+        decode.cancel()
+        prefill.cancel()
+        await nodes.prefill.until(lambda load: load.num_running == 0)
 
 
 async def _cancel_in_decode(nodes: Pair) -> None:
@@ -187,15 +190,12 @@ async def test_a_cancel_frees_every_block_within_half_a_second(cancel: Cancel, t
 
 
 async def test_a_broken_engine_fails_its_requests_and_ends_the_process() -> None:
-    async with node("prefill") as prefill:
-        stopped = asyncio.create_task(prefill.worker.run_until_stopped())
+    def explode() -> None:
+        raise RuntimeError("injected")
 
-        def explode() -> None:
-            raise RuntimeError("injected")
-
-        prefill.runner.gate = explode
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            [event async for event in open_prefill(prefill, prefill_request(PROMPT))]
-        assert from_rpc_error(caught.value).reason is Reason.ENGINE_FAILED
-        with pytest.raises(RuntimeError, match="injected"):
-            await stopped
+    with pytest.raises(RuntimeError, match="injected"):
+        async with node("prefill") as prefill:
+            prefill.runner.gate = explode
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [event async for event in open_prefill(prefill, prefill_request(PROMPT))]
+            assert from_rpc_error(caught.value).reason is Reason.ENGINE_FAILED
