@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -15,20 +16,9 @@ from tandem.cli.terminal import output
 
 _REFRESH_S = 1.0
 _ROLES = {operations_pb2.WORKER_ROLE_PREFILL: "prefill", operations_pb2.WORKER_ROLE_DECODE: "decode"}
-_COLUMNS = (
-    "worker",
-    "address",
-    "state",
-    "device",
-    "weights",
-    "running",
-    "queued",
-    "tokens queued",
-    "free blocks",
-    "tok/s",
-    "transports",
-)
-_NUMERIC = frozenset({"running", "queued", "tokens queued", "free blocks", "tok/s"})
+_LOAD = ("worker", "address", "state", "running", "queued", "free blocks", "tok/s")
+_MAKE = ("worker", "address", "state", "device", "weights", "transports")
+_NUMERIC = frozenset({"running", "queued", "free blocks", "tok/s"})
 
 
 def run_status(address: str, watch: bool) -> None:
@@ -54,30 +44,44 @@ async def _watch(address: str) -> None:
 
 
 def suite_table(address: str, suite: operations_pb2.GetSuiteResponse) -> RenderableType:
-    """The gateway's own numbers above a row per worker."""
+    """The gateway's numbers, then what each worker does, then what each is."""
     head = Text.assemble(("gateway", "bold"), f" {address} · {suite.running_requests} running · {suite.queued_requests} queued")
+    if not suite.workers:
+        return Group(head, Text("The gateway knows of no workers.", style="yellow"))
+    load = _table(_LOAD, [_load_of(worker) for worker in _sorted(suite)])
+    return Group(head, "", load, "", workers_table(suite))
+
+
+def workers_table(suite: operations_pb2.GetSuiteResponse) -> Table:
+    """What each worker is: device, weight format, transports."""
+    return _table(_MAKE, [_make_of(worker) for worker in _sorted(suite)])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMERIC else "left", no_wrap=column in ("address", "device"))
-    for worker in sorted(suite.workers, key=lambda worker: (worker.role, worker.address)):
-        table.add_row(*_row(worker))
-    return Group(head, table if suite.workers else Text("The gateway knows of no workers.", style="yellow"))
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMERIC else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
-def _row(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
-    return (
-        _ROLES.get(worker.role, "unknown"),
-        worker.address,
-        _state(worker),
-        worker.device,
-        worker.weight_format,
-        str(worker.running_requests),
-        str(worker.queued_requests),
-        str(worker.queued_tokens),
-        f"{worker.free_blocks}/{worker.total_blocks}",
-        f"{worker.tokens_per_second:.0f}" if worker.tokens_per_second else "-",
-        ", ".join(worker.transports),
-    )
+def _sorted(suite: operations_pb2.GetSuiteResponse) -> list[operations_pb2.WorkerSummary]:
+    return sorted(suite.workers, key=lambda worker: (worker.role, worker.address))
+
+
+def _name(worker: operations_pb2.WorkerSummary) -> tuple[str, str, Text]:
+    return _ROLES.get(worker.role, "unknown"), worker.address, _state(worker)
+
+
+def _load_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
+    queued = f"{worker.queued_requests} ({worker.queued_tokens} tok)" if worker.queued_tokens else str(worker.queued_requests)
+    speed = f"{worker.tokens_per_second:.0f}" if worker.tokens_per_second else "-"
+    return (*_name(worker), str(worker.running_requests), queued, f"{worker.free_blocks}/{worker.total_blocks}", speed)
+
+
+def _make_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
+    return (*_name(worker), worker.device, worker.weight_format, ", ".join(worker.transports))
 
 
 def _state(worker: operations_pb2.WorkerSummary) -> Text:

@@ -20,7 +20,7 @@ from tandem.cli.plan import Member, SuitePlan, plan_members
 from tandem.cli.pull import fetch
 from tandem.cli.readiness import wait_serving
 from tandem.cli.requests import SamplingOptions, Turn, make_request
-from tandem.cli.status import get_suite, suite_table
+from tandem.cli.status import get_suite, suite_table, workers_table
 from tandem.cli.suite_view import StartView, choose_transport
 from tandem.cli.terminal import CommandError, notes, output
 from tandem.models import ModelFiles, cache_directory
@@ -130,7 +130,8 @@ class _Suite:
         console.print(
             Text(f"{self._files.path or 'random weights'} · context {model.context_tokens} tokens", style="dim"), soft_wrap=True
         )
-        console.print(suite_table(self._plan.address, suite))
+        console.print(Text.assemble(("gateway", "bold"), f" {self._plan.address} (gRPC)"))
+        console.print(workers_table(suite))
         name, reason = _transport(suite.workers)
         console.print(Text.assemble(("hand-off", "bold"), f" over {name}: {reason}"), soft_wrap=True)
         console.print(self._examples())

@@ -154,8 +154,8 @@ def test_status_is_a_row_per_worker(cli: Cli, gateway: FakeGateway) -> None:
     ]
     result = cli("status", "-a", gateway.address)
     assert result.exit_code == 0 and "3 running · 4 queued" in result.stdout
-    assert [result.stdout.count(state) for state in ("not ready", "unreachable", "90/100", "shm, tcp")] == [1, 1, 4, 4]
-    assert "77" in result.stdout and " 12 " in result.stdout
+    assert [result.stdout.count(state) for state in ("not ready", "unreachable", "90/100", "shm, tcp")] == [2, 2, 4, 4]
+    assert " 12\n" in result.stdout and "0 (77 tok)" in result.stdout
 
 
 def test_status_without_workers_says_so(cli: Cli, gateway: FakeGateway) -> None:

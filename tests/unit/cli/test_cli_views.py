@@ -53,7 +53,7 @@ def test_span_tree_nests_sorts_and_scales() -> None:
         span("step", "x", "p", 10, 10),
     ]
     console = page()
-    console.print(span_tree("abc", spans))
+    console.print(span_tree("abc", spans, 120))
     lines = text_of(console).splitlines()
     assert "abc" in lines[0] and "100.0 ms" in lines[0]
     order = ["generate", "prefill.run", "step", "decode.run"]
