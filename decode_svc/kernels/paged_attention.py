@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0917
+# ruff: noqa: PLR0915, PLR0917
 """Attention of 1 to 16 new tokens a sequence over paged K and V: softmax(q k^T / sqrt(d)) v, causal, grouped query heads.
 
 A program takes all query heads of one KV head, so that K and V are read once, and one stretch of the context. Long contexts are
@@ -146,7 +146,7 @@ class PagedAttention:
             qkv.stride(0), out.stride(0), view.stride(0), view.stride(1), view.stride(2),
             math.log2(math.e) / math.sqrt(head_dim), least_tokens,
             GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, PAGE=page, ROWS=max(16, kept), KEPT=kept, TOKENS=64, SPLITS=splits,
-            CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=3, num_warps=4,
+            CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=3, num_warps=4 if kept <= 64 else 8,
         )  # fmt: skip
         return out
 

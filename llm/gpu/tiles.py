@@ -1,0 +1,50 @@
+"""Cuts a batch's new tokens into the tiles that attention programs take, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llm.batch import Batch, Integers
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`t` tiles, each of consecutive new tokens of one sequence; tensors of int32 on the device.
+
+    A tile's row i has position positions[tile] + i and attends to its sequence's tokens up to that. A tile of count 0 is padding.
+    """
+
+    sequences: torch.Tensor
+    """[t]"""
+    rows: torch.Tensor
+    """[t], each tile's first row in the batch."""
+    counts: torch.Tensor
+    """[t]"""
+    positions: torch.Tensor
+    """[t], of each tile's first token."""
+    block_starts: torch.Tensor
+    """[s + 1]"""
+    block_ids: torch.Tensor
+    """Each sequence's blocks in order, from block_starts[i]."""
+    num_tiles: int
+    max_count: int
+
+
+def cut_tiles(batch: Batch, tile_tokens: int) -> dict[str, Integers]:
+    """The tile arrays of a batch, tiles with the longest contexts first, for a launch should end on short work."""
+    counts = np.diff(batch.row_starts)
+    tiles = -(-counts // tile_tokens)
+    sequences = np.repeat(np.arange(len(counts), dtype=np.int32), tiles)
+    within = np.arange(int(tiles.sum()), dtype=np.int32) - np.repeat(np.cumsum(tiles) - tiles, tiles).astype(np.int32)
+    skipped = within * np.int32(tile_tokens)
+    positions = (batch.lengths - counts)[sequences] + skipped
+    order = np.argsort(-positions, kind="stable")
+    return {
+        "tile_sequences": sequences[order],
+        "tile_rows": (batch.row_starts[:-1][sequences] + skipped)[order].astype(np.int32),
+        "tile_counts": np.minimum(counts[sequences] - skipped, tile_tokens)[order].astype(np.int32),
+        "tile_positions": positions[order].astype(np.int32),
+    }

@@ -1,0 +1,63 @@
+"""Prefill and decode attention over paged K and V against the torch reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from llm.ops.attention import paged_attention as reference
+from tests.fakes.paged_batches import Heads, make_paged, relative_error
+
+chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
+paged_attention = pytest.importorskip("decode_svc.kernels.paged_attention")
+
+SHAPES = [Heads(4, 2, 16, 4), Heads(6, 2, 64), Heads(4, 1, 80), Heads(2, 2, 96, 8), Heads(7, 1, 128)]
+PACKED = [(5, 5), (1, 40), (33, 50), (20, 20)]
+DECODED = [(1, 1), (1, 77), (3, 19), (1, 64), (2, 130)]
+
+
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_prefill_attention_is_the_reference(device, heads):
+    attention = chunks.ChunkAttention(chunks.Shape(rows=16, tokens=16, num_warps=4))
+    paged = make_paged(PACKED, heads, attention.tile_tokens, device)
+    out = attention(paged.qkv, paged.tiles, paged.pool, 1)
+    assert relative_error(out, reference(paged.qkv, paged.batch, paged.pool, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(128, 128)], [(129, 300), (2, 2)]], ids=str)
+def test_prefill_attention_with_the_shape_in_use(device, lengths):
+    attention = chunks.ChunkAttention()
+    paged = make_paged(lengths, Heads(2, 1, 64), attention.tile_tokens, device)
+    assert relative_error(attention(paged.qkv, paged.tiles, paged.pool, 0), reference(paged.qkv, paged.batch, paged.pool, 0)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_decode_attention_is_the_reference(device, heads):
+    attention = paged_attention.PagedAttention()
+    paged = make_paged(DECODED, heads, attention.tile_tokens, device)
+    expected = reference(paged.qkv, paged.batch, paged.pool, 1)
+    for _ in range(2):
+        assert relative_error(attention(paged.qkv, paged.tiles, paged.pool, 1), expected) < 1e-5
+
+
+@pytest.mark.parametrize("new", [1, 2, 7, 16, 21])
+def test_decode_attention_of_several_new_tokens(device, new):
+    """More than a tile's tokens are cut into several tiles; the context is long enough to be split."""
+    attention = paged_attention.PagedAttention()
+    paged = make_paged([(new, 300), (1, 90)], Heads(4, 2, 16), attention.tile_tokens, device)
+    assert relative_error(attention(paged.qkv, paged.tiles, paged.pool, 0), reference(paged.qkv, paged.batch, paged.pool, 0)) < 1e-5
+
+
+def test_half_precision(device):
+    for attention in (paged_attention.PagedAttention(), chunks.ChunkAttention(chunks.Shape(rows=16, tokens=32, num_warps=4))):
+        paged = make_paged([(4, 90), (1, 33)], Heads(4, 2, 64), attention.tile_tokens, device, torch.float16)
+        expected = reference(paged.qkv.float(), paged.batch, paged.pool.float(), 1)
+        assert relative_error(attention(paged.qkv, paged.tiles, paged.pool, 1), expected) < 2e-3
+
+
+def test_tiles_cover_each_row_once_longest_first():
+    paged = make_paged(PACKED, Heads(2, 1, 16), 16, torch.device("cpu"))
+    tiles = paged.tiles
+    rows = [row for start, count in zip(tiles.rows.tolist(), tiles.counts.tolist(), strict=True) for row in range(start, start + count)]
+    assert sorted(rows) == list(range(59))
+    assert np.all(np.diff(tiles.positions.numpy()) <= 0)
+    assert [int(paged.batch.positions[row]) for row in tiles.rows.tolist()] == tiles.positions.tolist()

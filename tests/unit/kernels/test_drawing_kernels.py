@@ -1,0 +1,66 @@
+"""Tokens drawn on the device against those that the host draws."""
+
+import pytest
+import torch
+
+from llm.sampling import SampleRow, sample, uniform
+from llm.sampling_params import SamplingParams
+
+argmax = pytest.importorskip("llm.ops.gpu.argmax")
+draw = pytest.importorskip("llm.ops.gpu.draw")
+
+PARAMETERS = [
+    SamplingParams(seed=1),
+    SamplingParams(temperature=0.7, seed=2),
+    SamplingParams(top_k=5, seed=3),
+    SamplingParams(top_k=1, seed=4),
+    SamplingParams(top_p=0.8, seed=5),
+    SamplingParams(top_p=0.05, temperature=1.5, seed=6),
+    SamplingParams(min_p=0.2, seed=7),
+    SamplingParams(top_k=40, top_p=0.9, min_p=0.05, temperature=0.6, seed=8),
+]
+
+
+@pytest.mark.parametrize("width", [5, 4096, 5000])
+def test_argmax_takes_the_lowest_of_equals(device, width):
+    logits = torch.randn(4, width, device=device)
+    logits[1, width // 2 :] = 9.0
+    logits[2] = -torch.rand(width, device=device)
+    logits[3] = -torch.inf
+    logits[3, width - 1] = -1e30
+    likeliest = argmax.Argmax(4, width, device)
+    for _ in range(2):
+        out = torch.full((4,), -1, dtype=torch.int32, device=device)
+        likeliest(logits, out)
+        assert out.tolist() == logits.cpu().numpy().argmax(axis=1).tolist()
+
+
+def parameters_of(rows, device):
+    def column(values, dtype):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return draw.DrawParameters(
+        column([row.params.temperature for row in rows], torch.float32),
+        column([row.params.top_k for row in rows], torch.int32),
+        column([row.params.top_p for row in rows], torch.float32),
+        column([row.params.min_p for row in rows], torch.float32),
+        column([uniform(row.params.seed, len(row.token_ids)) for row in rows], torch.float64),
+    )
+
+
+@pytest.mark.parametrize("width", [37, 5000])
+def test_draws_what_the_host_draws(device, width):
+    rows = [SampleRow(params, [1] * position, 1) for params in PARAMETERS for position in (3, 9)]
+    logits = 3 * torch.randn(len(rows), width, device=device)
+    out = torch.full((len(rows),), -1, dtype=torch.int32, device=device)
+    draw.draw(logits, parameters_of(rows, device), out)
+    assert out.tolist() == [token.token_id for token in sample(logits.cpu(), rows)]
+
+
+def test_equal_weights_are_kept_by_lowest_id(device):
+    rows = [SampleRow(SamplingParams(top_k=3, seed=seed), [1], 1) for seed in range(6)]
+    logits = torch.zeros(6, 50, device=device)
+    out = torch.full((6,), -1, dtype=torch.int32, device=device)
+    draw.draw(logits, parameters_of(rows, device), out)
+    assert out.tolist() == [token.token_id for token in sample(logits.cpu(), rows)]
+    assert set(out.tolist()) <= {0, 1, 2}
