@@ -17,17 +17,27 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from gateway.gguf_metadata import read_gguf_metadata
 from tandem.models import ModelError
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+# Counts changes of what is written.
+_VERSION = 1
+
+_CONTROL, _USER_DEFINED = 3, 4
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 Metadata = Mapping[str, Any]
 
 
 def converted_directory(gguf: Path, digest: str, cache: Path) -> Path:
-    """The directory with the converted tokenizer of `gguf`, whose `digest` names it below `cache`; made if it is missing."""
-    directory = cache / "tokenizers" / digest.replace(":", "-")
+    """The directory with the converted tokenizer of `gguf`, whose `digest` names it below `cache`; made if it is missing.
+
+    Raises ModelError if the file's tokenizer is not supported or the cache cannot be written.
+    """
+    directory = cache / "tokenizers" / f"{digest.replace(':', '-')}-v{_VERSION}"
     if not (directory / "config.json").is_file():
-        _publish(_converted(read_gguf_metadata(gguf)), directory)
+        files = _converted(read_gguf_metadata(gguf))
+        try:
+            _publish(files, directory)
+        except OSError as error:
+            raise ModelError(f"the converted tokenizer cannot be kept in {directory}: {error}") from error
     return directory
 
 

@@ -7,10 +7,8 @@ worker holds for a request is counted, so that tests can see it freed.
 import asyncio
 import hashlib
 import uuid
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -29,6 +27,7 @@ from tandem.worker.v1 import (
     prefill_pb2_grpc,
     status_pb2_grpc,
 )
+from tests.fakes.gates import Book, Gates
 
 BLOCK_TOKENS = 16
 LAYOUT = kv_pb2.KvLayout(
@@ -50,33 +49,6 @@ def spelling(text: str, then: int = 2) -> TokenFunction:
     return lambda prompt, index: 3 + content[index] if index < len(content) else then
 
 
-class Gates:
-    """Phases at which requests wait while the phase's gate is closed, and may fail."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, asyncio.Event] = {}
-        self._reached: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self.faults: dict[str, BaseException] = {}
-
-    def close(self, phase: str) -> None:
-        self._open[phase] = asyncio.Event()
-
-    def open(self, phase: str) -> None:
-        self._open.pop(phase).set()
-
-    async def reached(self, phase: str) -> None:
-        """Returns once a request has come to the phase."""
-        async with asyncio.timeout(10):
-            await self._reached[phase].wait()
-
-    async def passage(self, phase: str) -> None:
-        self._reached[phase].set()
-        if phase in self._open:
-            await self._open[phase].wait()
-        if phase in self.faults:
-            raise self.faults[phase]
-
-
 @dataclass
 class Ticket:
     """What a fake prefill worker keeps for decode; `fate` is None while the ticket lives."""
@@ -84,36 +56,6 @@ class Ticket:
     message: kv_pb2.KvTicket
     finished: "asyncio.Future[int]"
     fate: str | None = None
-
-
-@dataclass
-class Book:
-    """What happened in a worker. `running` is empty when nothing is held; `ended` has (request id, how) in order."""
-
-    running: set[str] = field(default_factory=set)
-    ended: list[tuple[str, str]] = field(default_factory=list)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextmanager
-    def entry(self, request_id: str) -> Iterator[None]:
-        self.running.add(request_id)
-        self.idle.clear()
-        how = "cancelled"
-        try:
-            yield
-            how = "ok"
-        except TandemError as error:
-            how = error.reason.value
-            raise
-        finally:
-            self.running.discard(request_id)
-            self.ended.append((request_id, how))
-            if not self.running:
-                self.idle.set()
-
-    async def wait_idle(self) -> None:
-        async with asyncio.timeout(10):
-            await self.idle.wait()
 
 
 class FakeWorker:
