@@ -131,7 +131,7 @@ class WorkerDirectory:
         heard = False
         watched.sequence_number = 0
         try:
-            while (response := await asyncio.wait_for(read(call), self._times.silence_s)) is not None:
+            while (response := await self._next(call)) is not None:
                 heard = True
                 self._take(watched, response)
             reason = "it ended the stream"
@@ -143,6 +143,11 @@ class WorkerDirectory:
             await end(call)
         self._lose(watched, reason)
         return heard
+
+    async def _next(self, call: grpc.aio.UnaryStreamCall) -> status_pb2.WatchResponse | None:
+        # Not wait_for: Python 3.11's forgets a cancellation that comes together with the result.
+        async with asyncio.timeout(self._times.silence_s):
+            return await read(call)
 
     def _take(self, watched: _Watched, response: status_pb2.WatchResponse) -> None:
         if response.sequence_number <= watched.sequence_number:
