@@ -105,7 +105,7 @@ def decode(prefix: bytes | bytearray, header: bytes) -> Message:
     if PREFIX.unpack(prefix)[2] != block_checksum(header):
         raise FrameError("the header is damaged")
     values = _unpack(header)
-    if not isinstance(values, tuple) or len(values) < 2 or values[0] != VERSION:
+    if not isinstance(values, tuple) or len(values) < 2 or not _is_whole(values[0], VERSION) or values[0] != VERSION:
         raise FrameError("not a header of this version")
     if not _is_whole(values[1], len(_KINDS) - 1):
         raise FrameError("a frame of unknown kind")

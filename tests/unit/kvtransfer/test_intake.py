@@ -1,0 +1,130 @@
+"""Arriving blocks: order, verification, and threads that are gone when the pull is."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kvtransfer import intake
+from kvtransfer.checksum import block_checksum
+from kvtransfer.frames import BlocksFrame
+from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError, Sequencer
+from tandem.errors import Reason, TandemError
+
+SOURCES = [memoryview(bytes([index]) * 64) for index in range(4)]
+CHECKSUMS = [block_checksum(source) for source in SOURCES]
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def destination() -> Destination:
+    return Destination([memoryview(bytearray(64)) for _ in SOURCES])
+
+
+def test_frames_in_order_are_new() -> None:
+    sequencer = Sequencer(1, 0, 4)
+    assert [sequencer.accept(BlocksFrame(1, first, (0, 0))) for first in (0, 2)] == [0, 0]
+    sequencer.end(1)
+
+
+def test_a_repeated_frame_is_known() -> None:
+    sequencer = Sequencer(1, 0, 4)
+    sequencer.accept(BlocksFrame(1, 0, (0, 0)))
+    assert sequencer.accept(BlocksFrame(1, 0, (0, 0))) == 2
+    assert sequencer.accept(BlocksFrame(1, 1, (0, 0, 0))) == 1
+    assert sequencer.next_index == 4
+
+
+@pytest.mark.parametrize("frame", [BlocksFrame(1, 1, (0,)), BlocksFrame(1, 0, (0,) * 5), BlocksFrame(2, 0, (0,))])
+def test_gaps_excess_and_other_epochs_end_the_stream(frame: BlocksFrame) -> None:
+    with pytest.raises(InterruptedPullError):
+        Sequencer(1, 0, 4).accept(frame)
+
+
+def test_an_early_or_foreign_end_is_no_end() -> None:
+    for sequencer, epoch in ((Sequencer(1, 3, 4), 1), (Sequencer(1, 4, 4), 2)):
+        with pytest.raises(InterruptedPullError):
+            sequencer.end(epoch)
+
+
+async def test_blocks_are_copied_and_verified(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    async with Crew(destination, threads) as crew:
+        crew.start(0, CHECKSUMS[:3], SOURCES[:3])
+        crew.start(3, CHECKSUMS[3:], SOURCES[3:])
+        await crew.join()
+    assert destination.num_verified == 4
+    assert [bytes(view) for view in destination.views] == [bytes(source) for source in SOURCES]
+
+
+async def test_a_damaged_block_is_named_and_not_counted(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    with pytest.raises(DamagedBlockError) as caught:
+        async with Crew(destination, threads) as crew:
+            crew.start(0, [*CHECKSUMS[:2], 1, CHECKSUMS[3]], SOURCES)
+            await crew.join()
+    assert (caught.value.index, destination.num_verified) == (2, 2)
+
+
+def test_what_came_after_a_damaged_block_is_fetched_and_verified_again(destination: Destination) -> None:
+    for index in (0, 2):
+        destination.views[index][:] = SOURCES[index]
+        destination.verify(index, CHECKSUMS[index])
+    destination.begin_attempt()
+    destination.views[1][:] = SOURCES[1]
+    destination.verify(1, CHECKSUMS[1])
+    assert destination.num_verified == 2
+
+
+def test_a_block_is_given_up_after_two_refetches(destination: Destination) -> None:
+    for _ in range(2):
+        destination.count_damage(DamagedBlockError(1))
+        destination.count_damage(DamagedBlockError(2))
+    assert destination.num_refetched == 4
+    with pytest.raises(TandemError) as caught:
+        destination.count_damage(DamagedBlockError(1))
+    assert caught.value.reason is Reason.KV_CHECKSUM_MISMATCH
+
+
+def test_a_pull_is_resumed_once(destination: Destination) -> None:
+    destination.count_interruption(InterruptedPullError("cut"))
+    with pytest.raises(TandemError) as caught:
+        destination.count_interruption(InterruptedPullError("cut"))
+    assert caught.value.reason is Reason.TRANSFER_INTERRUPTED
+
+
+async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
+    destination: Destination, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def copy(source: memoryview, target: memoryview) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        assert leave.wait(30)
+        target[:] = source
+        left.set()
+
+    async def pull() -> None:
+        async with Crew(destination, threads) as crew:
+            crew.start(0, CHECKSUMS, SOURCES)
+            await crew.join()
+
+    monkeypatch.setattr(intake, "_copy", copy)
+    task = asyncio.create_task(pull())
+    await entered.wait()
+    for _ in range(3):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not task.done()
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left.is_set()
+    assert not any(destination.views[1]), "after the block in hand the thread stops"
