@@ -136,7 +136,7 @@ class _DecodeRun:
         parent, job = otel_context.get_current(), self._job
         first_frame_ns = max(self.pull_began_ns, job.ready_ns - pulled.pull_us * 1000)
         record_span("kv.wait", parent, wall_ns(self.pull_began_ns), wall_ns(first_frame_ns), {})
-        attributes = {
+        attributes: dict[str, str | int] = {
             "tandem.kv.transport": pulled.transport,
             "tandem.kv.bytes": pulled.num_bytes,
             "tandem.kv.refetched_blocks": pulled.num_refetched,
@@ -146,7 +146,7 @@ class _DecodeRun:
     def _trace_run(self, started_ns: int) -> None:
         parent, job = otel_context.get_current(), self._job
         record_span("decode.queue", parent, wall_ns(job.ready_ns), wall_ns(started_ns), {})
-        attributes = {
+        attributes: dict[str, str | int] = {
             "tandem.request_id": self._request.request_id,
             "gen_ai.usage.output_tokens": job.num_completion_tokens,
             "tandem.decode.preemptions": job.sequence.num_preemptions,

@@ -10,14 +10,15 @@ from decode_svc.service import DecodeServicer
 from decode_svc.settings import DecodeSettings
 from kvtransfer.puller import KvPuller
 from kvtransfer.wire import layout_to_proto
+from llm.errors import UnsupportedModelError, WeightsError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
-from tandem.models import ModelFiles, cache_directory, resolve_model
-from tandem.server import Server
+from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
 from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
 
@@ -26,7 +27,14 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
-    files = await asyncio.to_thread(resolve_model, settings.model)
+    files, loaded = await asyncio.to_thread(load, settings)
+    worker = DecodeWorker(settings, files, loaded)
+    await worker.start()
+    await worker.run_until_stopped()
+
+
+def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
+    """The model's files and the model in memory. Blocks; StartError if it cannot be had."""
     weights = settings.weights
     runner_settings = RunnerSettings(
         role="decode",
@@ -35,10 +43,11 @@ async def serve(settings: DecodeSettings) -> None:
         dtype=weights.dtype,
         threads=weights.threads or None,
     )
-    loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
-    worker = DecodeWorker(settings, files, loaded)
-    await worker.start()
-    await worker.run_until_stopped()
+    try:
+        files = resolve_model(settings.model)
+        return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
+    except (ModelError, UnsupportedModelError, WeightsError) as error:
+        raise StartError(str(error)) from error
 
 
 class DecodeWorker:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -205,7 +206,7 @@ class PrefillEngine:
 
 def _slice_of(chunk: Chunk, job: PrefillJob) -> SequenceSlice:
     prompt = chunk.prompt
-    wanted = "all" if job.num_prompt_logprobs is not None else "last" if chunk.last else "none"
+    wanted: Literal["none", "last", "all"] = "all" if job.num_prompt_logprobs is not None else "last" if chunk.last else "none"
     return SequenceSlice(prompt.token_ids[chunk.start : chunk.start + chunk.num_tokens], chunk.start, prompt.block_ids, wanted)
 
 

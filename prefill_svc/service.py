@@ -120,7 +120,7 @@ class _PrefillRun:
         parent = otel_context.get_current()
         prompt = self._job.prompt
         record_span("prefill.queue", parent, wall_ns(self._arrived_ns), wall_ns(event.started_ns), {})
-        attributes = {
+        attributes: dict[str, str | int] = {
             "tandem.request_id": self._request.request_id,
             "gen_ai.usage.input_tokens": prompt.num_tokens,
             "gen_ai.usage.cache_read.input_tokens": prompt.num_cached_tokens,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.service import KvTransferServicer
 from kvtransfer.wire import layout_to_proto
+from llm.errors import UnsupportedModelError, WeightsError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from prefill_svc.batcher import BatcherLimits, PrefillBatcher
@@ -18,8 +19,8 @@ from tandem.addresses import advertised_host, free_port
 from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
-from tandem.models import ModelFiles, cache_directory, resolve_model
-from tandem.server import Server
+from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
 from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
 
@@ -28,7 +29,15 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: PrefillSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
-    files = await asyncio.to_thread(resolve_model, settings.model)
+    files, loaded = await asyncio.to_thread(load, settings)
+    port = settings.server.port or free_port(settings.server.host)
+    worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
+    await worker.start()
+    await worker.run_until_stopped()
+
+
+def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
+    """The model's files and the model in memory. Blocks; StartError if it cannot be had."""
     weights = settings.weights
     runner_settings = RunnerSettings(
         role="prefill",
@@ -37,11 +46,11 @@ async def serve(settings: PrefillSettings) -> None:
         dtype=weights.dtype,
         threads=weights.threads or None,
     )
-    loaded = await asyncio.to_thread(load_model, files, runner_settings, settings.kv, LoadLog(logger))
-    port = settings.server.port or free_port(settings.server.host)
-    worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
-    await worker.start()
-    await worker.run_until_stopped()
+    try:
+        files = resolve_model(settings.model)
+        return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
+    except (ModelError, UnsupportedModelError, WeightsError) as error:
+        raise StartError(str(error)) from error
 
 
 class PrefillWorker:
@@ -128,14 +137,10 @@ class PrefillWorker:
         )
 
     async def _drain(self) -> None:
-        """Refuses new prompts; lets decode workers pull what is granted while the grace lasts."""
+        """Refuses new prompts; waits until decode workers have pulled what is granted; the server bounds it by the grace."""
         self._prefill.draining = True
         self._status.changed()
-        try:
-            async with asyncio.timeout(self._settings.server.grace_s):
-                await self._producer.wait_idle()
-        except TimeoutError:
-            logger.warning("%d tickets were not pulled before the grace ended", self._producer.num_outstanding)
+        await self._producer.wait_idle()
 
     async def _close(self) -> None:
         await self._producer.close()

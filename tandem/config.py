@@ -13,7 +13,10 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 PREFIX = "TANDEM_"
 
-KNOWN_VARIABLES: frozenset[str] = frozenset(
+OTHER_VARIABLES: frozenset[str] = frozenset({"TANDEM_CACHE_DIR", "TANDEM_BASE", "TANDEM_PIP_ARGS"})
+"""Read outside the settings classes: by all programs, and by compose.yaml."""
+
+KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
     {
         # Every server.
         "TANDEM_HOST",
@@ -42,10 +45,14 @@ KNOWN_VARIABLES: frozenset[str] = frozenset(
         "TANDEM_MAX_BATCH",
         "TANDEM_MAX_SEQUENCES",
         "TANDEM_RECOMPUTE_BUDGET",
-        # Read outside the settings classes: by programs, by compose.yaml.
-        "TANDEM_CACHE_DIR",
-        "TANDEM_BASE",
-        "TANDEM_PIP_ARGS",
+        # The gateway.
+        "TANDEM_PREFILL_TARGETS",
+        "TANDEM_DECODE_TARGETS",
+        "TANDEM_MAX_RUNNING",
+        "TANDEM_MAX_QUEUED",
+        "TANDEM_MAX_QUEUED_TOKENS",
+        "TANDEM_MAX_DEADLINE_S",
+        "TANDEM_STALL_LIMIT_S",
     }
 )
 """Every variable that some program of the suite reads. They share one environment, so each accepts the others' variables."""

@@ -1,7 +1,7 @@
 """Sampling parameters and sampled tokens between the workers' messages and their plain values."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tandem.api.v1 import generation_pb2
 from tandem.worker.v1 import prefill_pb2
@@ -29,7 +29,7 @@ class SampledTokenLike(Protocol):
     def top(self) -> Sequence[tuple[int, float]]: ...
 
 
-def sampling_values(message: generation_pb2.SamplingParams) -> Mapping[str, float]:
+def sampling_values(message: generation_pb2.SamplingParams) -> Mapping[str, Any]:
     """The fields of a message in which the gateway has set every field."""
     return {name: getattr(message, name) for name in _SAMPLING_FIELDS}
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem import health
 from tandem.interceptor import CallCounts, Interceptor
+from tandem.parent_watch import watch_parent
 from tandem.tracing import flush_tracing
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ AsyncStep = Callable[[], Awaitable[None]]
 
 class ListenError(OSError):
     """The address cannot be bound."""
+
+
+class StartError(Exception):
+    """The process cannot start as it was told to, and trying again would not help; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
         if self._settings.exit_with_parent:
-            threading.Thread(target=_wait_for_end_of_input, args=(loop, self.stop), name="parent-watch", daemon=True).start()
+            watch_parent(lambda: _call_soon(loop, self.stop))
 
 
 def server_options(max_concurrent_streams: int) -> tuple[tuple[str, int], ...]:
@@ -173,6 +177,9 @@ def run(main: Coroutine[Any, Any, int | None]) -> NoReturn:
         except ListenError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
+        except StartError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
         except KeyboardInterrupt:
             raise SystemExit(128 + signal.SIGINT) from None
 
@@ -187,9 +194,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _wait_for_end_of_input(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    # The raw descriptor: a thread that blocks inside sys.stdin would hold its lock when the interpreter ends.
-    while os.read(0, 4096):
-        pass
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(stop)
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed already
+        loop.call_soon_threadsafe(function)

@@ -129,6 +129,7 @@ class PagedAttention:
         self._partial = torch.empty(0)
         self._weights = torch.empty(0)
         self._counters = torch.empty(0, dtype=torch.int32)
+        self._retired: list[torch.Tensor] = []
 
     def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
         """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
@@ -151,11 +152,13 @@ class PagedAttention:
         return out
 
     def _reserve(self, pairs: int, rows: int, columns: int, device: torch.device) -> None:
-        """Grows the scratch. Graphs captured before hold the old memory; whoever captures graphs runs the largest batch first."""
+        """Grows the scratch. What it had stays alive, for graphs captured with it go on using it."""
         if self._weights.numel() < pairs * rows or self._partial.numel() < pairs * rows * columns or self._partial.device != device:
+            self._retired += [self._weights, self._partial]
             self._weights = torch.empty(pairs * rows, dtype=torch.float32, device=device)
             self._partial = torch.empty(pairs * rows * columns, dtype=torch.float32, device=device)
         if self._counters.numel() < pairs or self._counters.device != device:
+            self._retired.append(self._counters)
             self._counters = torch.zeros(pairs, dtype=torch.int32, device=device)
 
 

@@ -38,7 +38,19 @@ POLICY = (
 )
 
 # Where messages of the wire become plain values and back.
-EDGES = {"service", "validate", "relay", "workers", "worker", "puller", "wire"}
+EDGES = {
+    "app",
+    "control",
+    "model_service",
+    "operations_service",
+    "puller",
+    "relay",
+    "service",
+    "validate",
+    "wire",
+    "worker",
+    "workers",
+}
 EDGES_OF_TANDEM = {"status", "tracing", "sampled"}
 
 

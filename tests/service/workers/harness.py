@@ -102,9 +102,13 @@ async def node(kind: str, num_blocks: int = 64, **settings: object) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
-async def pair(transport: str = "tcp", **settings: object) -> AsyncIterator[Pair]:
+async def pair(transport: str = "tcp", num_blocks: int = 64, **settings: object) -> AsyncIterator[Pair]:
+    """Both kinds; further settings are the prefill worker's."""
     transfer = TransferSettings(transports=(transport,), lease_s=30.0)
-    async with node("prefill", transfer=transfer, **settings) as prefill, node("decode", transfer=transfer) as decode:
+    async with (
+        node("prefill", num_blocks, transfer=transfer, **settings) as prefill,
+        node("decode", num_blocks, transfer=transfer) as decode,
+    ):
         yield Pair(prefill, decode)
 
 

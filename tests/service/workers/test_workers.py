@@ -38,7 +38,7 @@ async def test_tokens_are_those_of_an_unsplit_run(transport: str, token_budget: 
 
 async def test_many_requests_at_once_do_not_mix() -> None:
     prompts = [[(index * 31 + position) % 251 for position in range(1 + 5 * index)] for index in range(12)]
-    async with pair("shm", token_budget=16) as nodes:
+    async with pair("shm", num_blocks=160, token_budget=16) as nodes:
         answers = await asyncio.gather(*(generate(nodes, prefill_request(prompt)) for prompt in prompts))
         assert [tokens for tokens, _ in answers] == [completion(prompt, 8) for prompt in prompts]
         await nodes.prefill.wait_idle()
