@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0915, PLR0917
 """Attention of 1 to 16 new tokens a sequence over paged K and V: softmax(q k^T / sqrt(d)) v, causal, grouped query heads.
 

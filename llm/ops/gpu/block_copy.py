@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0917
 """Copies whole KV blocks between places in one launch: gather for sending, scatter for receiving, or pool to pool.
 

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0917
 """Draws a token from each row by temperature, top_k, top_p and min_p, without sorting and without the host.
 
@@ -63,7 +63,7 @@ def _draw_kernel(
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * stride
     weights_ptr += row.to(tl.int64) * width
-    highest = -float("inf")
+    highest = tl.max(tl.full((1,), -float("inf"), tl.float32), axis=0)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         values = tl.load(logits_ptr + columns, mask=columns < width, other=-float("inf"))

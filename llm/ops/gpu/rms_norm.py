@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0917
 """y = x / sqrt(mean(x^2) + eps) * weight, after x += delta if there is one, in one pass over memory.
 

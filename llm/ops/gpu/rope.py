@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0917
 """Rotary position embedding and the write of K and V into the paged pool, in one launch. Reference: llm.ops.rope.
 

@@ -14,7 +14,8 @@ SHAPES = [Heads(4, 2, 16, 4), Heads(9, 3, 64), Heads(20, 2, 80, 8), Heads(3, 3, 
 
 def run(paged, layer, angles):
     places = rope.KvPlaces(
-        torch.from_numpy(paged.batch.row_blocks).to(paged.pool.device), torch.from_numpy(paged.batch.row_offsets).to(paged.pool.device)
+        torch.from_numpy(paged.batch.row_blocks).to(paged.pool.device),
+        torch.from_numpy(paged.batch.row_offsets).to(paged.pool.device),
     )
     rope.rotate_and_write(paged.qkv, angles, places, paged.pool, layer)
 

@@ -1,0 +1,164 @@
+"""The model on a GPU, behind the interface of llm.runner.ModelRunner, and decode steps that leave their tokens on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llm.batch import SequenceSlice, build_batch
+from llm.config import ModelConfig, load_model_config
+from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes, is_decode
+from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
+from llm.gpu.few_rows import FewRowsModel
+from llm.gpu.step import DecodeStep, draw_rows, fetch
+from llm.model import Model
+from llm.ops.gpu.argmax import Argmax
+from llm.ops.gpu.operations import SKINNY_ROWS, Attention, GpuOperations
+from llm.runner import Pool, RunnerSettings
+from llm.sampling import SampleRow
+from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """What a GPU needs to know beside RunnerSettings."""
+
+    attention: Attention
+    """The service's own kernel."""
+    max_batch: int = 0
+    """Sequences of the largest decode step that is captured as a graph; 0 captures none (prefill)."""
+
+
+class GpuModelRunner:
+    """One model on one GPU. Not thread-safe: one engine thread owns it, and all its work is on one stream."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], settings: RunnerSettings, gpu: GpuSettings
+    ) -> None:
+        operations = GpuOperations(gpu.attention)
+        self.config = config
+        self.weight_format: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
+        self.weight_format_reason = "the default of this device" if settings.dtype == "auto" else "set by --dtype"
+        self.kv_dtype: WeightDtype = self.weight_format
+        self._device = torch.device(settings.device)
+        self._gpu = gpu
+        self._model = Model(config, tensors, operations)
+        self._few_rows = FewRowsModel(config, tensors, operations)
+        self._argmax = Argmax(max(gpu.max_batch, 1), config.vocab_size, self._device)
+        self._drawn = torch.zeros(max(gpu.max_batch, 1), dtype=torch.int32, device=self._device)
+        self._graphs: DecodeGraphs | None = None
+        self._pool: torch.Tensor | None = None
+
+    @classmethod
+    def load(
+        cls, files: ModelFiles, settings: RunnerSettings, gpu: GpuSettings, progress: Progress | None = None
+    ) -> GpuModelRunner:
+        """Loads, and converts at the first start. Raises UnsupportedModelError, WeightsError."""
+        report = progress or (lambda fraction, text: None)
+        config = load_model_config(files.format, files.path, files.random_config)
+        dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
+        tensors = load_tensors(WeightRequest(files, config, dtype, settings.device, settings.cache_directory), report)
+        return cls(config, tensors, settings, gpu)
+
+    @property
+    def device_description(self) -> str:
+        """For people: "cuda:0 (NVIDIA H200)"."""
+        if self._device.type != "cuda":
+            return f"{self._device} (interpreted kernels)"
+        return f"{self._device} ({torch.cuda.get_device_name(self._device)})"
+
+    def attach(self, pool: Pool) -> None:
+        """Sets the KV pool that the following calls write to and read from. Graphs captured over another are dropped."""
+        self._pool, self._graphs = pool.tensor, None
+
+    @torch.inference_mode()
+    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+        """Computes the slices' tokens and writes their K and V into the pool.
+
+        Returns float32 logits [rows, vocab] on the device: the rows that the slices ask for, in order of slices and positions;
+        valid until the next call.
+        """
+        return self._run(slices, None)
+
+    @torch.inference_mode()
+    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DecodeStep:
+        """Launches a decode step of one token a slice and returns at once; `rows` say how the next tokens are drawn.
+
+        Where sources[i] is not -1, slice i's token is the one that row sources[i] of the step before drew, whatever the slice
+        says; so a step may be launched before the one before it has ended. Penalties, forbidden tokens and log-probabilities
+        need `forward` and llm.sampling.
+        """
+        assert len(slices) <= self._drawn.shape[0], "a larger batch than the runner was made for"
+        drawn = self._drawn[: len(slices)]
+        logits = self._run(slices, sources)
+        if not self._replays(len(slices)):
+            self._argmax(logits, drawn)
+        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices], drawn)
+        return fetch(drawn)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles kernels and captures graphs. Overwrites the pool's first blocks: call it before any is handed out."""
+        report = progress or (lambda fraction, text: None)
+        report(0.0, "compiling kernels")
+        for slices in _warm_up_batches(self.config, self._pool_tensor(), self._gpu.max_batch > 0):
+            self.forward(slices)
+        if self._device.type == "cuda" and self._gpu.max_batch:
+            self._capture(report)
+        report(1.0, "ready")
+
+    def _pool_tensor(self) -> torch.Tensor:
+        assert self._pool is not None, "attach a pool first"
+        return self._pool
+
+    def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> torch.Tensor:
+        pool = self._pool_tensor()
+        batch = build_batch(slices, pool.shape[4])
+        arrays = host_arrays(batch, sources, self._gpu.attention.tile_tokens)
+        graphs = self._graphs
+        if graphs is not None and is_decode(batch) and self._replays(len(slices)) and graphs.inputs.fits(arrays):
+            return graphs.replay(arrays)
+        tensors = upload(arrays, self._device)
+        return self._forward(make_device_batch(batch, tensors, self._drawn, int(arrays["tile_counts"].max())))
+
+    def _replays(self, rows: int) -> bool:
+        return self._graphs is not None and self._graphs.size_for(rows) is not None
+
+    def _forward(self, batch: DeviceBatch) -> torch.Tensor:
+        model = self._few_rows if self._is_few(batch) else self._model
+        return model.forward(batch, self._pool_tensor())
+
+    def _is_few(self, batch: DeviceBatch) -> bool:
+        rows = batch.tensors["positions"].shape[0]
+        return rows <= SKINNY_ROWS and len(batch.logits_rows) > 0
+
+    def _capture(self, report: Progress) -> None:
+        pool, largest = self._pool_tensor(), self._gpu.max_batch
+        per_sequence = -(-self.config.context_tokens // pool.shape[4])
+        inputs = GraphInputs(largest, min(largest * per_sequence, 4 * pool.shape[0] + largest), self._device)
+        inputs.drawn = self._drawn
+        sizes = bucket_sizes(largest)
+        graphs = DecodeGraphs(inputs, self._step)
+        done: list[int] = []
+        with torch.inference_mode():
+            graphs.capture(sizes, lambda size: _count(done, size, len(sizes), report))
+        self._graphs = graphs
+
+    def _step(self, batch: DeviceBatch) -> torch.Tensor:
+        logits = self._forward(batch)
+        self._argmax(logits, self._drawn[: logits.shape[0]])
+        return logits
+
+
+def _count(done: list[int], size: int, total: int, report: Progress) -> None:
+    done.append(size)
+    report(len(done) / total, f"capturing decode graphs: {size} sequences")
+
+
+def _warm_up_batches(config: ModelConfig, pool: torch.Tensor, decodes: bool) -> list[list[SequenceSlice]]:
+    """A decode step and a chunk or two, so that no request waits for a compiler."""
+    capacity = min(config.context_tokens, pool.shape[0] * pool.shape[4])
+    blocks = range(pool.shape[0])
+    sizes = (1, 2, 32) if decodes else (1, 8, 128, 2048)
+    return [[SequenceSlice([0] * tokens, 0, blocks)] for tokens in sizes if tokens <= capacity]

@@ -1,0 +1,79 @@
+"""The operations of a model on a GPU: Triton kernels, and torch's matrix product where there are many rows."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+
+from llm.batch import Batch
+from llm.gpu.device_batch import DeviceBatch
+from llm.gpu.tiles import Tiles
+from llm.ops.gpu.embed import embed
+from llm.ops.gpu.rms_norm import add_rms_norm, head_norm, rms_norm
+from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
+from llm.ops.gpu.silu_mul import silu_mul
+from llm.ops.gpu.skinny_linear import Around, skinny_linear
+from llm.ops.linear import Linear
+from llm.ops.rope import Rotation
+
+SKINNY_ROWS = 16
+"""Up to this many rows the kernel of few rows is used, and more go to torch: to be set from bench.kernels."""
+
+
+class Attention(Protocol):
+    """Attention over paged K and V. Each service has its own and hands it in."""
+
+    tile_tokens: int
+    """New tokens of a sequence that a tile may have."""
+
+    def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
+        ...
+
+
+class GpuLinear:
+    """x W^T + b in x's type, or float32 if asked."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, float32: bool) -> None:
+        self._weight, self._float32 = weight, float32
+        self._bias = None if bias is None else bias.to(weight.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] <= SKINNY_ROWS:
+            return skinny_linear(x, self._weight, Around(bias=self._bias, float32=self._float32))
+        if self._float32 and self._bias is None and x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self._weight.T, out_dtype=torch.float32)
+        out = torch.nn.functional.linear(x, self._weight, self._bias)
+        return out.to(torch.float32) if self._float32 else out
+
+
+class GpuOperations:
+    """Batches are DeviceBatches. Activations have the weights' type; logits are float32."""
+
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    head_norm = staticmethod(head_norm)
+    silu_mul = staticmethod(silu_mul)
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
+        """Results that last are logits, and float32."""
+        return GpuLinear(weight, bias, float32=lasting)
+
+    def embed(self, table: torch.Tensor, batch: Batch) -> torch.Tensor:
+        given = cast(DeviceBatch, batch).on_device
+        return embed(table, given["token_ids"], given["sources"], given["drawn"])
+
+    def rotate_and_write(self, qkv: torch.Tensor, rotation: Rotation, batch: Batch, pool: torch.Tensor, layer: int) -> None:
+        self.turn(qkv, Angles(rotation.cos, rotation.sin), cast(DeviceBatch, batch), pool, layer)
+
+    def turn(self, qkv: torch.Tensor, angles: Angles, batch: DeviceBatch, pool: torch.Tensor, layer: int) -> None:
+        """As rotate_and_write, with angles that may be looked up in a table."""
+        given = batch.on_device
+        rotate_and_write(qkv, angles, KvPlaces(given["row_blocks"], given["row_offsets"]), pool, layer)
+
+    def attention(self, qkv: torch.Tensor, batch: Batch, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        return self._attention(qkv, cast(DeviceBatch, batch).tiles, pool, layer)

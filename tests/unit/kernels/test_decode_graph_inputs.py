@@ -1,0 +1,58 @@
+"""Padding of captured batches: what graphs read must give the same numbers as an unpadded batch."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from llm.batch import SequenceSlice, build_batch
+from llm.gpu.decode_graphs import GraphInputs, bucket_sizes, is_decode
+from llm.gpu.device_batch import host_arrays
+from llm.ops.attention import paged_attention as reference
+from tests.fakes.paged_batches import relative_error
+
+paged = pytest.importorskip("decode_svc.kernels.paged_attention")
+rope = pytest.importorskip("llm.ops.gpu.rope")
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 8, 64, 100, 256])
+def test_buckets_ascend_to_the_largest(max_batch):
+    sizes = bucket_sizes(max_batch)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == max_batch
+
+
+def test_padding_at_large_batches_is_small():
+    sizes = bucket_sizes(256)
+    worst = max((after - before - 1) / (before + 1) for before, after in pairwise(sizes) if before >= 48)
+    assert worst < 1 / 4
+
+
+def test_only_one_token_each_with_logits_is_a_decode_step():
+    assert is_decode(build_batch([SequenceSlice([1], 4, [0]), SequenceSlice([2], 0, [1])], 16))
+    assert not is_decode(build_batch([SequenceSlice([1, 2], 4, [0])], 16))
+    assert not is_decode(build_batch([SequenceSlice([1], 4, [0], "none")], 16))
+
+
+def test_a_padded_batch_attends_and_writes_like_its_rows(device):
+    pool = torch.randn(9, 1, 2, 2, 16, 16, device=device)
+    inputs = GraphInputs(8, 32, device)
+    for starts, size in (([20, 0, 47], 4), ([5], 8)):
+        slices = [SequenceSlice([7], start, [3 * index, 3 * index + 1, 3 * index + 2]) for index, start in enumerate(starts)]
+        batch = build_batch(slices, 16)
+        arrays = host_arrays(batch, None, 16)
+        assert inputs.fits(arrays)
+        inputs.upload(arrays)
+        padded = inputs.batch(size)
+        qkv = torch.randn(size, 8 * 16, device=device)
+        expected_pool = pool.clone()
+        angles = rope.Angles(torch.ones(64, 8, device=device), torch.zeros(64, 8, device=device), padded.on_device["positions"])
+        places = rope.KvPlaces(padded.on_device["row_blocks"], padded.on_device["row_offsets"])
+        rope.rotate_and_write(qkv, angles, places, pool, 0)
+        for row, start in enumerate(starts):
+            block, offset = 3 * row + start // 16, start % 16
+            expected_pool[block, 0, 0, :, offset] = qkv[row, 4 * 16 : 6 * 16].view(2, 16)
+            expected_pool[block, 0, 1, :, offset] = qkv[row, 6 * 16 :].view(2, 16)
+        assert torch.equal(pool, expected_pool)
+        out = paged.PagedAttention()(qkv, padded.tiles, pool, 0)
+        assert relative_error(out[: len(starts)], reference(qkv[: len(starts)], batch, pool, 0)) < 1e-5

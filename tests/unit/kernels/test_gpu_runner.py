@@ -1,0 +1,117 @@
+"""The GPU runner, its kernels interpreted where there is no GPU, against the reference runner."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.batch import SequenceSlice, build_batch
+from llm.config import load_model_config
+from llm.model import Model
+from llm.ops.operations import TorchOperations
+from llm.runner import RunnerSettings
+from llm.sampling import SampleRow, sample
+from llm.sampling_params import SamplingParams
+from llm.weights import WeightRequest, load_tensors
+from tandem.random_models import RANDOM_MODELS
+from tests.fakes.paged_batches import relative_error
+
+runners = pytest.importorskip("llm.gpu.runner")
+chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
+paged = pytest.importorskip("decode_svc.kernels.paged_attention")
+
+
+@dataclass(frozen=True)
+class Files:
+    name: str = "random:tiny"
+    format: str = "random"
+    path: Path | None = None
+    digest: str = "d"
+    random_config: dict | None = None
+
+
+@dataclass
+class FakePool:
+    tensor: torch.Tensor
+
+
+class Reference:
+    """The model on torch's operations, with a pool of its own."""
+
+    def __init__(self, config, tensors, device):
+        self._model, self._pool = Model(config, tensors, TorchOperations()), make_pool(config, device).tensor
+
+    @torch.inference_mode()
+    def forward(self, slices):
+        return self._model.forward(build_batch(slices, 16), self._pool)
+
+
+def make_pool(config, device):
+    return FakePool(torch.full((12, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim), torch.nan, device=device))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 70}
+
+
+@pytest.fixture(params=["llama", "with Qwen's biases and head norms"])
+def config(request):
+    config = load_model_config("random", None, {**RANDOM_MODELS["tiny"], **SMALL})
+    qwen = request.param != "llama"
+    return replace(config, attention_bias=qwen, qk_norm=qwen)
+
+
+@pytest.fixture
+def tensors(config, device, tmp_path):
+    tensors = load_tensors(WeightRequest(Files(), config, "float32", str(device), tmp_path), lambda fraction, text: None)
+    return {name: tensor * 4 if tensor.dim() == 2 else tensor + 0.1 * torch.rand_like(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def reference(config, tensors, device):
+    return Reference(config, tensors, torch.device("cpu")) if device.type == "cpu" else None
+
+
+def make_runner(config, tensors, device, attention, max_batch=0):
+    settings = RunnerSettings("decode" if max_batch else "prefill", str(device), "float32")
+    runner = runners.GpuModelRunner(config, tensors, settings, runners.GpuSettings(attention, max_batch))
+    runner.attach(make_pool(config, device))
+    return runner
+
+
+PROMPTS = [SequenceSlice(list(range(3, 19)), 0, [5, 2]), SequenceSlice([9, 8, 7], 0, [0], "all")]
+LATER = [SequenceSlice([40, 41], 16, [5, 2], "all"), SequenceSlice([30], 3, [0])]
+
+
+@pytest.mark.parametrize("attention", [chunks.ChunkAttention(chunks.Shape(16, 16, 4)), paged.PagedAttention()], ids=type)
+def test_chunks_then_tokens_give_the_reference_logits(config, tensors, reference, device, attention):
+    """The first call has too many rows for the kernels of few rows, the second has few."""
+    runner = make_runner(config, tensors, device, attention)
+    for slices in (PROMPTS, LATER):
+        assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-5
+
+
+def test_no_rows_wanted_gives_no_rows(config, tensors, device):
+    runner = make_runner(config, tensors, device, paged.PagedAttention())
+    assert runner.forward([SequenceSlice([1, 2, 3], 0, [0], "none")]).shape == (0, config.vocab_size)
+
+
+def test_steps_follow_each_other_without_the_host_seeing_tokens(config, tensors, reference, device):
+    """Rows change places between steps, and one row is sampled; the tokens are those that the host would have drawn."""
+    runner = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=4)
+    runner.forward(PROMPTS)
+    reference.forward(PROMPTS)
+    params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, top_k=20, seed=5)]
+    history = [[*PROMPTS[0].token_ids, 50], [*PROMPTS[1].token_ids, 60]]
+    blocks = [[5, 2], [0]]
+    order, sources = [0, 1], [-1, -1]
+    for _ in range(2):
+        slices = [SequenceSlice(history[i][-1:], len(history[i]) - 1, blocks[i]) for i in order]
+        rows = [SampleRow(params[i], history[i], 1) for i in order]
+        expected = sample(reference.forward(slices), rows)
+        hidden = [SequenceSlice([0], item.start, item.block_ids) for item in slices]
+        step = runner.start_step(hidden if sources[0] >= 0 else slices, sources, rows)
+        assert step.token_ids() == [token.token_id for token in expected]
+        for place, token in zip(order, expected, strict=True):
+            history[place].append(token.token_id)
+        order, sources = order[::-1], [1, 0]
