@@ -89,11 +89,11 @@ class KvPuller:
                 try:
                     first_token_id = await self._attempt(choice, ticket, peer, destination)
                 except DamagedBlockError as error:
-                    logger.warning("ticket %s epoch %d: %s; asking again", ticket.ticket_id[:8], ticket.epoch, error)
+                    _log(ticket, f"{error}; asking again")
                     destination.count_damage(error)
                 except InterruptedPullError as error:
                     peer.lost = True
-                    logger.warning("ticket %s epoch %d: cut: %s", ticket.ticket_id[:8], ticket.epoch, error)
+                    _log(ticket, f"cut: {error}")
                     destination.count_interruption(error)
                 else:
                     peer.lost = False
@@ -134,3 +134,8 @@ class KvPuller:
         num_bytes = len(destination.views) * self._layout.block_bytes
         pull_us = (time.monotonic_ns() - destination.first_frame_ns) // 1000
         return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched)
+
+
+def _log(ticket: KvTicket, what: str) -> None:
+    """Takes text only: a log record that is kept must not keep an exception's views of the pools."""
+    logger.warning("ticket %s epoch %d: %s", ticket.ticket_id[:8], ticket.epoch, what)

@@ -111,9 +111,9 @@ class TcpServer:
                 wait_s = IDLE_S
         except FrameError as error:
             self.num_refused += 1
-            logger.warning("a connection to the KV port was closed: %s", error)
+            logger.warning("a connection to the KV port was closed: %s", str(error))
         except OSError as error:
-            logger.debug("a connection to the KV port ended: %s", error)
+            logger.debug("a connection to the KV port ended: %s", str(error))
         finally:
             connection.close()
 

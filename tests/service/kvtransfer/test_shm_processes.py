@@ -1,0 +1,55 @@
+"""Shared memory between two real processes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.ticket import ShmOffer
+from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
+from tests.service.kvtransfer.harness import LAYOUT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pools are shared on Linux only")
+
+PRODUCER = """
+import sys
+from dataclasses import astuple
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+pool = KvPool.create(KvLayout(2, 2, 16, 4, "float32"), 3)
+pool.block_view(1)[:] = bytes([7]) * pool.layout.block_bytes
+print(*astuple(pool.shared), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def producer() -> Iterator[tuple[subprocess.Popen[str], ShmOffer]]:
+    process = subprocess.Popen([sys.executable, "-c", PRODUCER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid, fd, inode, boot, size = process.stdout.readline().split()
+    yield process, ShmOffer(int(pid), int(fd), int(inode), boot, int(size))
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_producer_leaves_nothing_once_it_is_unmapped(producer: tuple[subprocess.Popen[str], ShmOffer]) -> None:
+    process, offer = producer
+    files_before = sorted(Path("/dev/shm").iterdir())
+    mapping = Mapping(offer)
+    assert mapping.block(1, LAYOUT.block_bytes) == bytes([7]) * LAYOUT.block_bytes
+    assert not any(mapping.block(2, LAYOUT.block_bytes))
+    with pytest.raises(TypeError):
+        mapping.block(1, LAYOUT.block_bytes)[0] = 1
+    assert not producer_is_gone(mapping)
+    process.kill()
+    process.wait()
+    assert producer_is_gone(mapping)
+    assert mapping.block(1, LAYOUT.block_bytes)[0] == 7
+    mapping.close()
+    assert "tandem-kv" not in Path("/proc/self/maps").read_text()
+    assert sorted(Path("/dev/shm").iterdir()) == files_before
+    with pytest.raises(ShmUnavailableError, match="not visible"):
+        Mapping(offer)
