@@ -77,4 +77,4 @@ class FewRowsModel:
 def _make_layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
     required = (tensors[prefix + name] for name in _REQUIRED)
     optional = (tensors.get(prefix + name) for name in _OPTIONAL)
-    return _Layer(*required, *optional)  # type: ignore[arg-type]
+    return _Layer(*required, *optional)

@@ -74,8 +74,10 @@ def _draw_kernel(
         values = tl.load(logits_ptr + columns, mask=columns < width, other=-float("inf"))
         tl.store(weights_ptr + columns, tl.exp((values - highest) / temperature), mask=columns < width)
     tl.debug_barrier()
-    threshold, equals = highest.to(tl.int32) * 0, width * 1.0
+    threshold = highest.to(tl.int32) * 0
     total = _mass(weights_ptr, width, threshold, False, BLOCK)
+    everything = total * 0.0 + width
+    equals = everything
     top_k = tl.load(top_ks_ptr + row)
     if (top_k > 0) & (top_k < width):
         threshold = _bisect(weights_ptr, width, top_k.to(tl.float64), True, BLOCK, ONE)
@@ -92,8 +94,8 @@ def _draw_kernel(
         threshold = found
     floor = tl.load(min_ps_ptr + row).to(tl.int32, bitcast=True)
     if floor > threshold:
-        threshold, equals = floor, width * 1.0
-    _pick(weights_ptr, out_ptr + row, width, threshold, equals.to(tl.float64), tl.load(uniforms_ptr + row), BLOCK)
+        threshold, equals = floor, everything
+    _pick(weights_ptr, out_ptr + row, width, threshold, equals, tl.load(uniforms_ptr + row), BLOCK)
 
 
 @triton.jit
