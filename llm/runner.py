@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,11 +15,16 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
+from llm.format_choice import FormatChoice, choose_format
+from llm.gpu.settings import GpuSettings
 from llm.model import Model
 from llm.ops.operations import Operations, TorchOperations
-from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
+from llm.weights import ModelFiles, Progress, WeightRequest, load_tensors
+from llm.weights_file import lock_file
 
 __all__ = ["ModelRunner", "RunnerSettings", "SequenceSlice"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class RunnerSettings:
     """CPU threads; None takes every core this process may use."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
     """Where converted weights are kept."""
+    gpu: GpuSettings | None = None
+    """Given by a service that runs on a GPU; its kernels then do the work."""
 
 
 class Pool(Protocol):
@@ -46,22 +55,29 @@ class Pool(Protocol):
 class ModelRunner:
     """One model on one device. Not thread-safe: one engine thread owns it."""
 
-    def __init__(self, model: Model, settings: RunnerSettings, weight_format: WeightDtype) -> None:
+    def __init__(self, model: Model, settings: RunnerSettings, choice: FormatChoice, progress: Progress) -> None:
         self.config: ModelConfig = model.config
-        self.weight_format: str = weight_format
+        self.weight_format: str = choice.dtype
+        self.weight_format_reason: str = choice.reason
+        """Why this format, for people."""
         self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
-        self._model, self._settings = model, settings
+        """Follows the settings, not the measured choice: workers of one suite must agree on it."""
+        self._model, self._settings, self._progress = model, settings, progress
         self._pool: torch.Tensor | None = None
 
     @classmethod
     def load(cls, files: ModelFiles, settings: RunnerSettings, progress: Progress | None = None) -> ModelRunner:
         """Loads, and converts at the first start. Raises UnsupportedModelError, WeightsError."""
+        if settings.gpu is not None and cls is ModelRunner:
+            from llm.gpu.runner import GpuModelRunner
+
+            return GpuModelRunner.load(files, settings, progress)
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
-        operations = _choose_operations(config, settings)
-        dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
-        tensors = load_tensors(WeightRequest(files, config, dtype, settings.device, settings.cache_directory), report)
-        return cls(Model(config, tensors, operations), settings, dtype)
+        operations = _choose_operations(settings)
+        choice = _choose_format(config, settings, operations, report)
+        request = WeightRequest(files, config, choice.dtype, settings.device, settings.cache_directory)
+        return cls(Model(config, load_tensors(request, report), operations), settings, choice, report)
 
     @property
     def device_description(self) -> str:
@@ -82,16 +98,52 @@ class ModelRunner:
         return self._model.forward(build_batch(slices, self._pool.shape[4]), self._pool)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles and touches what the first requests would otherwise wait for."""
+        """Compiles kernels and touches the weights. Overwrites the pool's first blocks: call it before any is handed out."""
+        assert self._pool is not None, "attach a pool first"
+        report = progress or self._progress
+        batches = _warm_up_batches(self.config, self._pool.shape[0], self._pool.shape[4])
+        with _compiling(self._settings, self._progress):
+            for index, slices in enumerate(batches):
+                report(index / len(batches), "preparing kernels")
+                self.forward(slices)
+        report(1.0, "ready")
 
 
-def _choose_operations(config: ModelConfig, settings: RunnerSettings) -> Operations:
+def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int) -> list[list[SequenceSlice]]:
+    """One, two and several sequences of one token, then chunks too long for the kernels of few rows."""
+    capacity = min(config.context_tokens, num_blocks * block_tokens)
+    blocks = range(num_blocks)
+    single = SequenceSlice([0], 0, blocks)
+    chunks = [SequenceSlice([0] * tokens, 0, blocks) for tokens in (8, 64, 512) if tokens <= capacity]
+    return [[single] * count for count in (1, 2, 3)] + [[chunk] for chunk in chunks]
+
+
+def _choose_operations(settings: RunnerSettings) -> Operations:
     """Compiled kernels where they can be had, the references elsewhere."""
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    if settings.device != "cpu" or importlib.util.find_spec("numba") is None or config.head_dim % 16:
+    if settings.device != "cpu" or importlib.util.find_spec("numba") is None:
         return TorchOperations()
     from llm.ops.cpu.operations import CpuOperations, set_threads
 
     set_threads(threads)
     return CpuOperations(threads)
+
+
+def _choose_format(config: ModelConfig, settings: RunnerSettings, operations: Operations, progress: Progress) -> FormatChoice:
+    if settings.dtype != "auto":
+        return FormatChoice(settings.dtype, "set by --dtype")
+    if settings.device != "cpu":
+        return FormatChoice("bfloat16", "the default of this device")
+    progress(0.0, "measuring weight formats")
+    with _compiling(settings, progress):
+        choice = choose_format(config, settings.role, operations)
+    logger.info("%s weights: %s", choice.dtype, choice.reason)
+    return choice
+
+
+def _compiling(settings: RunnerSettings, progress: Progress) -> AbstractContextManager[None]:
+    """One process at a time compiles; those that start with it read what it left on disk, and do not disturb its measuring."""
+    settings.cache_directory.mkdir(parents=True, exist_ok=True)
+    path = settings.cache_directory / "compiling.lock"
+    return lock_file(path, lambda: progress(0.0, "waiting for another process that prepares kernels"))

@@ -1,3 +1,5 @@
+# mypy: allow-untyped-decorators
+# ruff: noqa: PLR0917
 """Attention on CPUs: one kernel for sequences with one new token, one for chunks of new tokens."""
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ TILE_ROWS = 48
 """Query rows (token times head of a group) computed together in a chunk; a multiple of multiply_tile's 6."""
 
 
-@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, error_model="numpy")
 def _score_block(query: Any, head: int, top: int, keys: Any, count: int, scale: Any, scores: Any, start: int) -> None:
     """scores[i, start + t] = scale * query[head + i] . keys[t] for three heads, those beyond `top` repeated."""
     second, third = min(head + 1, top), min(head + 2, top)
@@ -41,13 +43,13 @@ def _score_block(query: Any, head: int, top: int, keys: Any, count: int, scale: 
             a3 += a * key
             b3 += b * key
             c3 += c * key
-        t, u, v, w = start + t, start + u, start + v, start + w
-        scores[0, t], scores[0, u], scores[0, v], scores[0, w] = a0 * scale, a1 * scale, a2 * scale, a3 * scale
-        scores[1, t], scores[1, u], scores[1, v], scores[1, w] = b0 * scale, b1 * scale, b2 * scale, b3 * scale
-        scores[2, t], scores[2, u], scores[2, v], scores[2, w] = c0 * scale, c1 * scale, c2 * scale, c3 * scale
+        d, e, f, g = start + t, start + u, start + v, start + w
+        scores[0, d], scores[0, e], scores[0, f], scores[0, g] = a0 * scale, a1 * scale, a2 * scale, a3 * scale
+        scores[1, d], scores[1, e], scores[1, f], scores[1, g] = b0 * scale, b1 * scale, b2 * scale, b3 * scale
+        scores[2, d], scores[2, e], scores[2, f], scores[2, g] = c0 * scale, c1 * scale, c2 * scale, c3 * scale
 
 
-@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, error_model="numpy")
 def _soften(scores: Any, row: int, count: int, padded: int) -> Any:
     """exp(score - highest) in place, zero in the padding; returns the highest score and the sum."""
     highest = scores[row, 0]
@@ -63,7 +65,7 @@ def _soften(scores: Any, row: int, count: int, padded: int) -> Any:
     return highest, total
 
 
-@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, error_model="numpy")
 def _add_block(sums: Any, values: Any, count: int, s: Any, start: int) -> None:
     """sums[i] += s[i, start + t] * values[t] for three heads. Repeated rows meet weights that are zero."""
     for t in range(0, count, 4):
@@ -74,15 +76,16 @@ def _add_block(sums: Any, values: Any, count: int, s: Any, start: int) -> None:
         accumulate(sums, values, rows, first + second + (s[2, a], s[2, b], s[2, c], s[2, d]))
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True)
 def decode_splits(query: Any, pool: Any, layer: int, tasks: Any, block_ids: Any, scores: Any, sums: Any, partial: Any) -> None:
     """Attention of each task: one sequence, one kv head, up to SPLIT_TOKENS tokens; K and V are read where they lie.
 
-    query [n, heads, d]; tasks [parts, m, 5] int64: row of query, kv head, first block in block_ids, tokens (0: none), row of
-    partial; block_tokens a multiple of 4; scores [parts, 3, tokens of a split + 4], sums [parts, 3, d] are scratch;
+    query [n, heads + 2 kv, d], q before k and v. tasks [parts, m, 5] int64: row of query, kv head, first block in block_ids,
+    tokens (0: none), row of partial. block_tokens must be a multiple of 4.
+    scores [parts, 3, tokens of a split + 4] and sums [parts, 3, d] are scratch.
     partial [rows, group, d + 2] float32: unscaled sums, then the highest score and the sum of weights.
     """
-    group, block_tokens, size = query.shape[1] // pool.shape[3], pool.shape[4], pool.shape[5]
+    group, block_tokens, size = query.shape[1] // pool.shape[3] - 2, pool.shape[4], pool.shape[5]
     scale = _ONE / np.sqrt(np.float32(size))
     for part in numba.prange(tasks.shape[0]):
         for task in range(tasks.shape[1]):
@@ -121,9 +124,12 @@ def decode_splits(query: Any, pool: Any, layer: int, tasks: Any, block_ids: Any,
                             partial[place, head + index, column] = sums[part, index, column]
 
 
-@numba.njit(fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, error_model="numpy", cache=True)
 def combine_splits(partial: Any, places: Any, rows: Any, num_kv_heads: int, out: Any) -> None:
-    """Joins splits: places [s + 1] first partial row of each sequence (kv heads within a split adjacent), rows [s]; out [n, heads, d]."""
+    """Joins the splits of each sequence.
+
+    places [s + 1]: first row of partial of each sequence, kv heads within a split adjacent; rows [s] of out [n, heads, d].
+    """
     group, size = partial.shape[1], partial.shape[2] - 2
     for sequence in range(len(rows)):
         for head in range(out.shape[1]):
@@ -143,7 +149,7 @@ def combine_splits(partial: Any, places: Any, rows: Any, num_kv_heads: int, out:
                 out[rows[sequence], head, column] /= total
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True)
 def gather_chunk(pool: Any, layer: int, block_ids: Any, length: int, keys: Any, values: Any) -> None:
     """One sequence's K transposed into keys [kv, d, padded], V into values [kv, padded, d], float32; the padding is zeroed."""
     num_kv_heads, block_tokens, size = pool.shape[3], pool.shape[4], pool.shape[5]
@@ -163,14 +169,15 @@ def gather_chunk(pool: Any, layer: int, block_ids: Any, length: int, keys: Any, 
                     values[head, t, column] = _ZERO
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True)
 def attend_chunk(query: Any, start: int, keys: Any, values: Any, scratch: Any, scores: Any, out: Any) -> None:
-    """Attention of a chunk that begins at position `start`: query, out [m, heads, d]; keys and values from gather_chunk.
+    """Attention of a chunk that begins at position `start`; keys and values from gather_chunk.
 
+    query [m, heads + 2 kv, d], out [m, heads, d];
     scratch [parts, 2, TILE_ROWS, d] and scores [parts, TILE_ROWS, padded] hold a tile's queries, results and weights.
     """
     num_tokens, num_kv_heads, size = query.shape[0], keys.shape[0], query.shape[2]
-    group = query.shape[1] // num_kv_heads
+    group = out.shape[1] // num_kv_heads
     num_rows, parts = num_tokens * group, scores.shape[0]
     num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
     scale = _ONE / np.sqrt(np.float32(size))

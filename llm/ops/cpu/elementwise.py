@@ -1,3 +1,5 @@
+# mypy: allow-untyped-decorators
+# ruff: noqa: PLR0917
 """RMSNorm, SiLU, RoPE with the KV write, embedding. Each also exists in one thread, for batches too small to share out."""
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ def _both(function: Callable[..., None]) -> tuple[Any, Any]:
     """In one thread, and in all. Numba's cache tells functions apart by name but not by options, so one gets another name."""
     alone = FunctionType(function.__code__, function.__globals__, function.__name__)
     alone.__qualname__ = function.__qualname__ + "_serial"
-    return numba.njit(fastmath=True, cache=True)(alone), numba.njit(parallel=True, fastmath=True, cache=True)(function)
+    return numba.njit(fastmath=True, error_model="numpy", cache=True)(alone), numba.njit(parallel=True, fastmath=True, cache=True)(
+        function
+    )
 
 
-@numba.njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, error_model="numpy", inline="always")
 def _normalise(source: Any, weight: Any, eps: Any, out: Any, row: Any) -> None:
     total = _ZERO
     for index in range(source.shape[1]):

@@ -1,3 +1,5 @@
+# mypy: allow-untyped-decorators
+# ruff: noqa: PLR0917
 """What numba's Python cannot say: bfloat16, prefetching, and two register tiles that its vectoriser does not find.
 
 Arrays must be C-contiguous; counts that are said to be multiples of 8 or 16 are not checked.
@@ -9,8 +11,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -22,7 +25,7 @@ _FAST = ("fast",)
 _TILE_ROWS, _TILE_COLUMNS = 6, 16
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def widen(_context: Any, value: Any) -> Any:
     """float32 from a bfloat16's bits (uint16); a float32 stays as it is."""
 
@@ -34,7 +37,7 @@ def widen(_context: Any, value: Any) -> Any:
     return types.float32(value), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def narrow(_context: Any, value: Any, like: Any) -> Any:
     """`value` as an element of the array `like`: float32, or bfloat16's bits rounded to nearest even."""
 
@@ -49,7 +52,7 @@ def narrow(_context: Any, value: Any, like: Any) -> Any:
     return like.dtype(value, like), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _power_of_two(_context: Any, exponent: Any) -> Any:
     """2 ** exponent for whole float32 exponents from -126 to 127."""
 
@@ -63,7 +66,7 @@ def _power_of_two(_context: Any, exponent: Any) -> Any:
 _F = np.float32
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always", error_model="numpy")
 def exp(x: Any) -> Any:
     """exp in float32, relative error below 4e-7, clamped to what float32 holds; unlike math.exp it vectorises.
 
@@ -81,7 +84,7 @@ def exp(x: Any) -> Any:
     return (series * rest * rest + rest + _F(1.0)) * _power_of_two(whole)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(_context: Any, array: Any, num_bytes: Any) -> Any:
     """Asks for the array's first bytes; hides the walk of page tables, which the hardware does not do ahead."""
 
@@ -113,7 +116,7 @@ def _multiply_add(builder: Any, x: Any, y: Any, total: Any) -> Any:
     return builder.fadd(total, builder.fmul(x, y, flags=_FAST), flags=_FAST)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def accumulate(_context: Any, sums: Any, values: Any, rows: Any, weights: Any) -> Any:
     """sums[h] += weights[4 h + i] * values[rows[i]] over i < 4, for each h < 3.
 
@@ -141,7 +144,7 @@ def accumulate(_context: Any, sums: Any, values: Any, rows: Any, weights: Any) -
     return types.none(sums, values, types.UniTuple(types.int64, 4), types.UniTuple(types.float32, 12)), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply_tile(_context: Any, out: Any, left: Any, right: Any, row: Any, column: Any, depth: Any) -> Any:
     """out[row : row + 6, column : column + 16] = left[row : row + 6, :depth] @ right[:depth, column : column + 16].
 

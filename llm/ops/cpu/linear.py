@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """y = x W^T for few rows of x: reads the weights once, in float32 or bfloat16, and sums in float32."""
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _PANEL = 48
 """Weight rows that stay in the second-level cache while all rows of x pass."""
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def multiply_one(x: Any, weight: Any, out: Any, parts: int) -> None:
     """x [1, in], weight [out, in], out [1, out]. One sequential stream a thread: bound by memory alone."""
     num_rows, depth = weight.shape
@@ -26,7 +27,7 @@ def multiply_one(x: Any, weight: Any, out: Any, parts: int) -> None:
             out[0, row] = total
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def multiply_two(x: Any, weight: Any, out: Any, parts: int) -> None:
     """x [2, in], weight [out, in], out [2, out]."""
     num_rows, depth = weight.shape
@@ -41,7 +42,7 @@ def multiply_two(x: Any, weight: Any, out: Any, parts: int) -> None:
             out[1, row] = b
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def multiply_some(x: Any, weight: Any, out: Any, parts: int) -> None:
     """x [n, in], weight [out, in], out [n, out]: 3 weight rows by 4 rows of x, twelve sums in registers.
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from llm.batch import Batch
-from llm.config import ModelConfig
+from llm.ops.attention import paged_attention
 from llm.ops.cpu import attention, elementwise, linear
 from llm.ops.cpu.decode_plan import DecodePlan
 from llm.ops.linear import Linear
@@ -89,10 +89,6 @@ class CpuOperations:
         self._workspace = Workspace()
         self._plan: DecodePlan | None = None
 
-    @staticmethod
-    def supports(config: ModelConfig, block_tokens: int) -> bool:
-        return config.head_dim % 16 == 0 and block_tokens % 4 == 0
-
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
         return CpuLinear(weight, bias, None if lasting else self._workspace, self._threads)
 
@@ -125,35 +121,41 @@ class CpuOperations:
 
     def attention(self, qkv: torch.Tensor, batch: Batch, pool: torch.Tensor, layer: int) -> torch.Tensor:
         num_kv_heads, size = pool.shape[3], pool.shape[5]
+        if size % 16 or pool.shape[4] % 4:
+            return paged_attention(qkv, batch, pool, layer)
         heads = qkv.shape[1] // size - 2 * num_kv_heads
         out = self._workspace.take("attention", qkv.shape[0], heads * size)
-        queries, results = qkv.numpy().reshape(-1, heads + 2 * num_kv_heads, size)[:, :heads], out.numpy().reshape(-1, heads, size)
+        queries, results = qkv.numpy().reshape(-1, heads + 2 * num_kv_heads, size), out.numpy().reshape(-1, heads, size)
         if len(batch.single_rows):
             self._decode(queries, results, batch, pool, layer)
         for sequence in batch.chunks:
-            self._chunk(queries, results, batch, sequence, pool, layer)
+            rows = batch.rows(sequence)
+            keys, values = self._gather(batch, sequence, pool, layer)
+            self._attend(queries[rows], results[rows], keys, values, int(batch.lengths[sequence]))
         return out
 
     def _decode(self, queries: Array, results: Array, batch: Batch, pool: torch.Tensor, layer: int) -> None:
         if self._plan is None or self._plan.batch is not batch:
             self._plan = DecodePlan(batch, pool.shape[3], pool.shape[4], self._threads)
-        plan, size, group = self._plan, pool.shape[5], queries.shape[1] // pool.shape[3]
+        plan, size, group = self._plan, pool.shape[5], results.shape[1] // pool.shape[3]
         scores = self._workspace.take("decode_scores", self._threads, 3, plan.split_tokens + 4).numpy()
         sums = self._workspace.take("decode_sums", self._threads, 3, size).numpy()
         partial = self._workspace.take("partial", plan.num_partial, group, size + 2).numpy()
         attention.decode_splits(queries, array_of(pool), layer, plan.tasks, batch.block_ids, scores, sums, partial)
         attention.combine_splits(partial, plan.places, plan.rows, pool.shape[3], results)
 
-    def _chunk(self, queries: Array, results: Array, batch: Batch, sequence: int, pool: torch.Tensor, layer: int) -> None:
-        length, rows = int(batch.lengths[sequence]), batch.rows(sequence)
-        num_kv_heads, size, padded = pool.shape[3], pool.shape[5], (length + 15) // 16 * 16
+    def _gather(self, batch: Batch, sequence: int, pool: torch.Tensor, layer: int) -> tuple[Array, Array]:
+        length, num_kv_heads, size = int(batch.lengths[sequence]), pool.shape[3], pool.shape[5]
+        padded = (length + 15) // 16 * 16
         keys = self._workspace.take("keys", num_kv_heads, size, padded).numpy()
         values = self._workspace.take("values", num_kv_heads, padded, size).numpy()
-        scratch = self._workspace.take("chunk", self._threads, 2, attention.TILE_ROWS, size).numpy()
-        scores = self._workspace.take("chunk_scores", self._threads, attention.TILE_ROWS, padded).numpy()
         attention.gather_chunk(array_of(pool), layer, batch.blocks(sequence), length, keys, values)
-        start = length - (rows.stop - rows.start)
-        attention.attend_chunk(queries[rows], start, keys, values, scratch, scores, results[rows])
+        return keys, values
+
+    def _attend(self, queries: Array, results: Array, keys: Array, values: Array, length: int) -> None:
+        scratch = self._workspace.take("chunk", self._threads, 2, attention.TILE_ROWS, values.shape[2]).numpy()
+        scores = self._workspace.take("chunk_scores", self._threads, attention.TILE_ROWS, values.shape[1]).numpy()
+        attention.attend_chunk(queries, length - len(queries), keys, values, scratch, scores, results)
 
     def _choose(self, kernels: tuple[Any, Any], values: torch.Tensor) -> Any:
         return kernels[values.numel() >= _SMALL and self._threads > 1]

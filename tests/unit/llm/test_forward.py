@@ -1,0 +1,164 @@
+"""The whole forward pass against a plain dense model, however the tokens are fed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm.config import load_model_config
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from llm.model import Model
+from llm.ops.operations import TorchOperations
+from llm.runner import ModelRunner, RunnerSettings, SequenceSlice
+from llm.weights import WeightRequest, load_tensors
+from tests.unit.llm.dense_model import dense_logits
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "untied head": {"tie_word_embeddings": False},
+    "no grouping": {"num_key_value_heads": 4},
+    "one kv head": {"num_key_value_heads": 1},
+    "odd head": {"head_dim": 24},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+    "llama3 scaling": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+TOKENS = [(7 * index * index + 3 * index) % 128 for index in range(90)]
+
+
+def make_runner(
+    files: Any, dtype: str = "float32", block_tokens: int = 16, operations: Any = None
+) -> tuple[ModelRunner, torch.Tensor]:
+    """A runner with a poisoned pool, and the dense model's logits. Weights are made large, so that layers matter."""
+    settings = RunnerSettings("decode", dtype=dtype, threads=2, cache_directory=Path("unused"))  # type: ignore[arg-type]
+    config = load_model_config(files.format, None, files.random_config)
+    runner = ModelRunner.load(files, settings)
+    tensors = load_tensors(WeightRequest(files, config, dtype, "cpu", Path("unused")), lambda *_: None)  # type: ignore[arg-type]
+    tensors = {
+        name: tensor * 10 if tensor.ndim == 2 else tensor + 0.1 * torch.arange(len(tensor)).cos()
+        for name, tensor in tensors.items()
+    }
+    runner._model = Model(config, tensors, operations or runner._model._operations)
+    pool = KvPool.create(KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, runner.kv_dtype), 60)
+    pool.tensor.fill_(float("nan"))
+    runner.attach(pool)
+    return runner, dense_logits(config, tensors, TOKENS)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) -> None:
+    assert actual.dtype == torch.float32
+    assert (actual.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("operations", [None, TorchOperations()], ids=["kernels", "references"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompt_at_once(random_files: Any, variant: str, operations: Any) -> None:
+    runner, expected = make_runner(random_files(**VARIANTS[variant]), operations=operations)
+    close(runner.forward([SequenceSlice(TOKENS, 0, range(5, 15), "all")]), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 64])
+def test_any_chunk_size(random_files: Any, variant: str, chunk: int) -> None:
+    runner, expected = make_runner(random_files(**VARIANTS[variant]))
+    blocks = [9, 4, 30, 2, 17, 50, 1]
+    parts = [runner.forward([SequenceSlice(TOKENS[at : at + chunk], at, blocks, "all")]) for at in range(0, len(TOKENS), chunk)]
+    close(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("block_tokens", [2, 4, 6, 16, 32])
+def test_any_block_size(random_files: Any, block_tokens: int) -> None:
+    runner, expected = make_runner(random_files(), block_tokens=block_tokens)
+    runner.forward([SequenceSlice(TOKENS[:50], 0, range(59, 0, -1), "none")])
+    close(runner.forward([SequenceSlice(TOKENS[50:51], 50, range(59, 0, -1))]), expected[50:51])
+    close(runner.forward([SequenceSlice(TOKENS[51:60], 51, range(59, 0, -1))]), expected[59:60])
+
+
+def test_prompts_and_single_tokens_in_one_batch(random_files: Any) -> None:
+    runner, expected = make_runner(random_files())
+    runner.forward([SequenceSlice(TOKENS[:33], 0, [3, 1, 2], "none"), SequenceSlice(TOKENS[:9], 0, [10], "none")])
+    logits = runner.forward(
+        [
+            SequenceSlice(TOKENS[33:34], 33, [3, 1, 2]),
+            SequenceSlice(TOKENS[:40], 0, [20, 21, 22], "all"),
+            SequenceSlice(TOKENS[9:10], 9, [10], "none"),
+            SequenceSlice(TOKENS[:1], 0, [30]),
+            SequenceSlice(TOKENS[:12], 0, [31], "last"),
+        ]
+    )
+    close(logits, torch.cat((expected[33:34], expected[:40], expected[:1], expected[11:12])))
+
+
+def test_blocks_of_a_cached_prefix(random_files: Any) -> None:
+    runner, expected = make_runner(random_files())
+    runner.forward([SequenceSlice(TOKENS[:32], 0, [7, 8], "none")])
+    close(runner.forward([SequenceSlice(TOKENS[32:], 32, [7, 8, 11, 12, 13, 14], "all")]), expected[32:])
+
+
+def test_long_sequences_are_split_without_a_seam(random_files: Any) -> None:
+    runner, _ = make_runner(random_files(max_position_embeddings=2048), block_tokens=32)
+    tokens = (TOKENS * 20)[:1300]
+    blocks = list(range(50, 0, -1))
+    at_once = runner.forward([SequenceSlice(tokens, 0, blocks, "last")])
+    runner.forward([SequenceSlice(tokens[:-1], 0, blocks, "none")])
+    alone = runner.forward([SequenceSlice(tokens[-1:], 1299, blocks)])
+    close(alone, at_once.double())
+
+
+def test_a_row_alone_or_among_others_has_equal_attention(random_files: Any) -> None:
+    runner, expected = make_runner(random_files())
+    runner.forward([SequenceSlice(TOKENS[:33], 0, [3, 1, 2], "none")])
+    among = [SequenceSlice(TOKENS[33:34], 33, [3, 1, 2])] + [SequenceSlice([5], 0, [20 + index]) for index in range(15)]
+    close(runner.forward(among)[:1], expected[33:34])
+
+
+def test_no_logits_asked_for(random_files: Any) -> None:
+    runner, _ = make_runner(random_files())
+    assert runner.forward([SequenceSlice(TOKENS[:3], 0, [1], "none")]).shape == (0, 128)
+
+
+def test_logits_are_the_callers_to_keep(random_files: Any) -> None:
+    runner, expected = make_runner(random_files())
+    first = runner.forward([SequenceSlice(TOKENS[:1], 0, [1])])
+    runner.forward([SequenceSlice(TOKENS[1:2], 1, [1])])
+    close(first, expected[:1])
+
+
+@pytest.mark.parametrize("chunk", [1, 45])
+def test_bfloat16_stays_near(random_files: Any, chunk: int) -> None:
+    runner, expected = make_runner(random_files(), dtype="bfloat16")
+    assert runner.kv_dtype == runner.weight_format == "bfloat16"
+    parts = [runner.forward([SequenceSlice(TOKENS[at : at + chunk], at, range(6), "all")]) for at in range(0, len(TOKENS), chunk)]
+    close(torch.cat(parts), expected, tolerance=0.03)
+
+
+def test_auto_measures_and_says_so(random_files: Any, tmp_path: Path) -> None:
+    runner = ModelRunner.load(random_files(), RunnerSettings("decode", threads=2, cache_directory=tmp_path))
+    assert runner.weight_format in ("float32", "bfloat16")
+    assert runner.kv_dtype == "bfloat16"
+    assert "at 1 and 16 rows: float32" in runner.weight_format_reason
+
+
+def test_warm_up_reports_its_way(random_files: Any, tmp_path: Path) -> None:
+    seen: list[tuple[float, str]] = []
+    runner = ModelRunner.load(random_files(), RunnerSettings("prefill", dtype="float32", threads=2, cache_directory=tmp_path))
+    runner.attach(KvPool.create(KvLayout(2, 2, 16, 16, "float32"), 8))
+    runner.warm_up(lambda fraction, text: seen.append((fraction, text)))
+    assert seen[0] == (0.0, "preparing kernels")
+    assert seen[-1] == (1.0, "ready")
+
+
+def test_an_unattached_runner_says_so(random_files: Any, tmp_path: Path) -> None:
+    runner = ModelRunner.load(random_files(), RunnerSettings("decode", dtype="float32", threads=2, cache_directory=tmp_path))
+    with pytest.raises(AssertionError, match="attach a pool"):
+        runner.forward([SequenceSlice([1], 0, [0])])
