@@ -1,0 +1,11 @@
+"""Tests of this folder need a CUDA device."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")

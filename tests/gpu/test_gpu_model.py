@@ -1,0 +1,154 @@
+"""The whole model on a GPU: logits against transformers' Llama, graphs against plain launches, overlapped steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.batch import SequenceSlice
+from llm.config import load_model_config
+from llm.gpu.settings import GpuSettings
+from llm.runner import RunnerSettings
+from llm.sampling import SampleRow
+from llm.sampling_params import SamplingParams
+from llm.weights import WeightRequest, load_tensors
+from tests.fakes.paged_batches import relative_error
+
+runners = pytest.importorskip("llm.gpu.runner")
+chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
+paged = pytest.importorskip("decode_svc.kernels.paged_attention")
+block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1000,
+    "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    name: str = "random:gpu-test"
+    format: str = "random"
+    path: Path | None = None
+    digest: str = "d"
+    random_config: dict | None = None
+
+
+@dataclass
+class Pool:
+    tensor: torch.Tensor
+
+
+@pytest.fixture
+def config():
+    return load_model_config("random", None, CONFIG)
+
+
+@pytest.fixture
+def tensors(config, device, tmp_path):
+    return load_tensors(WeightRequest(Files(), config, "bfloat16", str(device), tmp_path), lambda fraction, text: None)
+
+
+def make_runner(config, tensors, attention, max_batch=0):
+    settings = RunnerSettings("decode" if max_batch else "prefill", "cuda", gpu=GpuSettings(attention, max_batch))
+    runner = runners.GpuModelRunner(config, tensors, settings)
+    shape = (96, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
+    runner.attach(Pool(torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")))
+    return runner
+
+
+def transformers_llama(config, tensors, dtype):
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "default", "rope_theta": CONFIG["rope_theta"]}
+    shape = {key: value for key, value in CONFIG.items() if key not in ("architectures", "rope_theta")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, rope_theta=CONFIG["rope_theta"], rope_parameters=rope))
+    state = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
+    weights = {name: tensors[ours] for name, ours in state.items()}
+    for index in range(config.num_layers):
+        theirs, ours = f"model.layers.{index}.", f"layers.{index}."
+        q, k, v = tensors[ours + "qkv"].split([config.query_size, config.kv_size, config.kv_size])
+        gate, up = tensors[ours + "gate_up"].chunk(2)
+        attention = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": tensors[ours + "output"]}
+        mlp = {"gate_proj": gate, "up_proj": up, "down_proj": tensors[ours + "down"]}
+        weights |= {f"{theirs}self_attn.{name}.weight": value for name, value in attention.items()}
+        weights |= {f"{theirs}mlp.{name}.weight": value for name, value in mlp.items()}
+        weights[theirs + "input_layernorm.weight"] = tensors[ours + "attention_norm"]
+        weights[theirs + "post_attention_layernorm.weight"] = tensors[ours + "ffn_norm"]
+    model.load_state_dict(weights, strict=False)
+    return model.to("cuda", dtype).eval()
+
+
+@torch.inference_mode()
+def reference_logits(config, tensors, tokens):
+    """In float32 from the same weights, and how far bfloat16 throws transformers itself off."""
+    ids = torch.tensor([tokens], device="cuda")
+    exact = transformers_llama(config, tensors, torch.float32)(ids).logits[0].float()
+    rounded = transformers_llama(config, tensors, torch.bfloat16)(ids).logits[0].float()
+    return exact, relative_error(rounded, exact)
+
+
+def test_teacher_forced_logits_are_those_of_transformers(config, tensors, device):
+    """All positions: in one piece; in chunks; and split, with the pool's blocks copied to a decode runner with graphs."""
+    tokens = torch.randint(3, 1000, (400,)).tolist()
+    exact, allowed = reference_logits(config, tensors, tokens)
+    blocks = torch.randperm(96).tolist()[:26]
+    prefill = make_runner(config, tensors, chunks.ChunkAttention())
+    whole = prefill.forward([SequenceSlice(tokens, 0, blocks, "all")])
+    parts = [prefill.forward([SequenceSlice(tokens[start : start + 90], start, blocks, "all")]) for start in range(0, 270, 90)]
+    decode = make_runner(config, tensors, paged.PagedAttention(), max_batch=4)
+    decode.warm_up()
+    ids = torch.tensor(blocks, dtype=torch.int32, device="cuda")
+    block_copy.copy_blocks(prefill._pool, decode._pool, ids, ids.flip(0).contiguous())
+    steps = [decode.forward([SequenceSlice([tokens[at]], at, blocks[::-1])]).clone() for at in range(270, 400)]
+    limit = max(1.5 * allowed, 1e-2)
+    assert relative_error(whole, exact) < limit
+    assert relative_error(torch.cat([*parts, *steps]), exact) < limit
+
+
+def test_graphs_compute_what_launches_compute(config, tensors, device):
+    captured, plain = (make_runner(config, tensors, paged.PagedAttention(), max_batch=24) for _ in range(2))
+    captured.warm_up()
+    prompts = [SequenceSlice(torch.randint(3, 1000, (9 + 3 * i,)).tolist(), 0, [3 * i, 3 * i + 1, 3 * i + 2]) for i in range(9)]
+    for runner in (captured, plain):
+        runner.forward(prompts)
+    for count in (9, 1, 3, 8):
+        step = [SequenceSlice([7 * i + 3], len(prompts[i].token_ids), prompts[i].block_ids) for i in range(count)]
+        assert relative_error(captured.forward(step), plain.forward(step)) < 2e-2
+
+
+def test_steps_are_launched_ahead(config, tensors, device):
+    """Eight greedy tokens of three streams, each step launched before the one before is read, are those drawn one by one."""
+    runners_ = [make_runner(config, tensors, paged.PagedAttention(), max_batch=4) for _ in range(2)]
+    prompts = [SequenceSlice(list(range(5 + i, 40 + 2 * i)), 0, [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]) for i in range(3)]
+    rows = [SampleRow(SamplingParams(temperature=0.0), [1], 1)] * 3
+    for runner in runners_:
+        runner.warm_up()
+        runner.forward(prompts)
+    ahead, behind = runners_
+    lengths = [len(item.token_ids) for item in prompts]
+    tokens, launched = [11, 12, 13], []
+    for step in range(8):
+        slices = [SequenceSlice([tokens[i]], lengths[i] + step, prompts[i].block_ids) for i in range(3)]
+        given = (slices, [-1, -1, -1]) if step == 0 else ([_hide(item) for item in slices], [0, 1, 2])
+        started = ahead.start_step(*given, rows)
+        tokens = behind.forward(slices).argmax(dim=-1).tolist()
+        launched.append((started, tokens))
+    assert [step.token_ids() for step, _ in launched] == [expected for _, expected in launched]
+
+
+def _hide(item):
+    return SequenceSlice([0], item.start, item.block_ids)
