@@ -81,6 +81,10 @@ class DecodeGraphs:
             self._graphs[size] = graph, logits
             captured(size)
 
+    def holds(self, arrays: Mapping[str, Integers]) -> bool:
+        """Whether `replay` can run this batch."""
+        return self.size_for(len(arrays["token_ids"])) is not None and self.inputs.fits(arrays)
+
     def size_for(self, rows: int) -> int | None:
         """The smallest captured size that holds them."""
         return min((size for size in self._graphs if size >= rows), default=None)
@@ -89,7 +93,7 @@ class DecodeGraphs:
         """Uploads and runs a step; logits [rows, vocab], valid until the next replay."""
         rows = len(arrays["token_ids"])
         size = self.size_for(rows)
-        assert size is not None and self.inputs.fits(arrays), "ask size_for and fits first"
+        assert size is not None, "ask `holds` first"
         self.inputs.upload(arrays)
         graph, logits = self._graphs[size]
         graph.replay()

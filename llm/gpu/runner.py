@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,33 +14,23 @@ from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DecodeStep, draw_rows, fetch
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
-from llm.ops.gpu.operations import SKINNY_ROWS, Attention, GpuOperations
-from llm.runner import Pool, RunnerSettings
+from llm.ops.gpu.operations import SKINNY_ROWS, GpuOperations
+from llm.runner import ModelRunner, Pool, RunnerSettings
 from llm.sampling import SampleRow
 from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
 
 
-@dataclass(frozen=True)
-class GpuSettings:
-    """What a GPU needs to know beside RunnerSettings."""
-
-    attention: Attention
-    """The service's own kernel."""
-    max_batch: int = 0
-    """Sequences of the largest decode step that is captured as a graph; 0 captures none (prefill)."""
-
-
-class GpuModelRunner:
+class GpuModelRunner(ModelRunner):
     """One model on one GPU. Not thread-safe: one engine thread owns it, and all its work is on one stream."""
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], settings: RunnerSettings, gpu: GpuSettings
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], settings: RunnerSettings) -> None:
+        gpu = settings.gpu
+        assert gpu is not None, "the service gives its attention kernel"
         operations = GpuOperations(gpu.attention)
         self.config = config
-        self.weight_format: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
+        self.weight_format = "float32" if settings.dtype == "float32" else "bfloat16"
         self.weight_format_reason = "the default of this device" if settings.dtype == "auto" else "set by --dtype"
-        self.kv_dtype: WeightDtype = self.weight_format
+        self.kv_dtype = "float32" if settings.dtype == "float32" else "bfloat16"
         self._device = torch.device(settings.device)
         self._gpu = gpu
         self._model = Model(config, tensors, operations)
@@ -52,15 +41,13 @@ class GpuModelRunner:
         self._pool: torch.Tensor | None = None
 
     @classmethod
-    def load(
-        cls, files: ModelFiles, settings: RunnerSettings, gpu: GpuSettings, progress: Progress | None = None
-    ) -> GpuModelRunner:
+    def load(cls, files: ModelFiles, settings: RunnerSettings, progress: Progress | None = None) -> GpuModelRunner:
         """Loads, and converts at the first start. Raises UnsupportedModelError, WeightsError."""
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
         dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
         tensors = load_tensors(WeightRequest(files, config, dtype, settings.device, settings.cache_directory), report)
-        return cls(config, tensors, settings, gpu)
+        return cls(config, tensors, settings)
 
     @property
     def device_description(self) -> str:
@@ -80,7 +67,7 @@ class GpuModelRunner:
         Returns float32 logits [rows, vocab] on the device: the rows that the slices ask for, in order of slices and positions;
         valid until the next call.
         """
-        return self._run(slices, None)
+        return self._run(slices, None)[0]
 
     @torch.inference_mode()
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DecodeStep:
@@ -92,8 +79,8 @@ class GpuModelRunner:
         """
         assert len(slices) <= self._drawn.shape[0], "a larger batch than the runner was made for"
         drawn = self._drawn[: len(slices)]
-        logits = self._run(slices, sources)
-        if not self._replays(len(slices)):
+        logits, replayed = self._run(slices, sources)
+        if not replayed:
             self._argmax(logits, drawn)
         draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices], drawn)
         return fetch(drawn)
@@ -112,18 +99,16 @@ class GpuModelRunner:
         assert self._pool is not None, "attach a pool first"
         return self._pool
 
-    def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> torch.Tensor:
+    def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> tuple[torch.Tensor, bool]:
+        """Logits, and whether a graph was replayed, which draws the likeliest tokens too."""
         pool = self._pool_tensor()
         batch = build_batch(slices, pool.shape[4])
         arrays = host_arrays(batch, sources, self._gpu.attention.tile_tokens)
         graphs = self._graphs
-        if graphs is not None and is_decode(batch) and self._replays(len(slices)) and graphs.inputs.fits(arrays):
-            return graphs.replay(arrays)
+        if graphs is not None and is_decode(batch) and graphs.holds(arrays):
+            return graphs.replay(arrays), True
         tensors = upload(arrays, self._device)
-        return self._forward(make_device_batch(batch, tensors, self._drawn, int(arrays["tile_counts"].max())))
-
-    def _replays(self, rows: int) -> bool:
-        return self._graphs is not None and self._graphs.size_for(rows) is not None
+        return self._forward(make_device_batch(batch, tensors, self._drawn, int(arrays["tile_counts"].max()))), False
 
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
         model = self._few_rows if self._is_few(batch) else self._model

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 
 from llm.batch import Batch
 from llm.gpu.device_batch import DeviceBatch
-from llm.gpu.tiles import Tiles
+from llm.gpu.settings import Attention
 from llm.ops.gpu.embed import embed
 from llm.ops.gpu.rms_norm import add_rms_norm, head_norm, rms_norm
 from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
@@ -19,17 +19,6 @@ from llm.ops.rope import Rotation
 
 SKINNY_ROWS = 16
 """Up to this many rows the kernel of few rows is used, and more go to torch: to be set from bench.kernels."""
-
-
-class Attention(Protocol):
-    """Attention over paged K and V. Each service has its own and hands it in."""
-
-    tile_tokens: int
-    """New tokens of a sequence that a tile may have."""
-
-    def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
-        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
-        ...
 
 
 class GpuLinear:

@@ -8,6 +8,7 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import load_model_config
+from llm.gpu.settings import GpuSettings
 from llm.model import Model
 from llm.ops.operations import TorchOperations
 from llm.runner import RunnerSettings
@@ -73,8 +74,9 @@ def reference(config, tensors, device):
 
 
 def make_runner(config, tensors, device, attention, max_batch=0):
-    settings = RunnerSettings("decode" if max_batch else "prefill", str(device), "float32")
-    runner = runners.GpuModelRunner(config, tensors, settings, runners.GpuSettings(attention, max_batch))
+    role = "decode" if max_batch else "prefill"
+    settings = RunnerSettings(role, str(device), "float32", gpu=GpuSettings(attention, max_batch))
+    runner = runners.GpuModelRunner(config, tensors, settings)
     runner.attach(make_pool(config, device))
     return runner
 

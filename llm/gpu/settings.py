@@ -1,0 +1,31 @@
+"""What a GPU runner is given by its service. Needs no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llm.gpu.tiles import Tiles
+
+
+class Attention(Protocol):
+    """Attention over paged K and V. Each service has its own and hands it in."""
+
+    tile_tokens: int
+    """New tokens of a sequence that a tile may have."""
+
+    def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """What a GPU needs to know beside RunnerSettings."""
+
+    attention: Attention
+    """The service's own kernel."""
+    max_batch: int = 0
+    """Sequences of the largest decode step that is captured as a graph; 0 captures none (prefill)."""
