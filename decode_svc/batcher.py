@@ -1,5 +1,6 @@
 """Which sequences take part in the next decode step. Pure policy: no tensors, no gRPC, no clock."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,11 +20,14 @@ class Stage(Enum):
 
 @dataclass(eq=False)
 class SequenceState:
-    """A sequence in the batcher: owned by the batcher, its tokens appended by the engine."""
+    """A sequence in the batcher: owned by the batcher, its tokens appended by the engine.
+
+    `block_ids` is an array of C ints since every step turns it into one: from a list that takes as long as the rest of the step.
+    """
 
     token_ids: list[int]
     max_total_tokens: int
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     stage: Stage = Stage.PULLING
@@ -33,17 +37,17 @@ class SequenceState:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step into the blocks it had at the time.
+    """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step.
 
-    `draws` says that the run reaches the newest token, so that the next can be drawn.
+    The sequence's blocks stay as they are until the step is complete. `draws` says that the run reaches the newest token, so that
+    the next can be drawn.
     """
 
     sequence: SequenceState
     start: int
     num_tokens: int
-    block_ids: Sequence[int]
     draws: bool
 
 
@@ -63,14 +67,16 @@ class DecodeBatcher:
     """Continuous batching: sequences join and leave between steps, oldest first.
 
     When blocks run out, the youngest active sequence gives all of its blocks up and is computed again later. New reservations leave
-    untouched what preempted sequences need to return, so that these come first. The blocks of a run in flight are held by a
-    reference of their own until `complete`. Not thread-safe: the engine's lock guards it.
+    untouched what preempted sequences need to return, so that these come first. A sequence closed in the middle of a step keeps its
+    blocks until `complete`. No step touches a sequence's blocks one by one: with long sequences that would take longer than the
+    model. Not thread-safe: the engine's lock guards it.
     """
 
     def __init__(self, allocator: BlockAllocator, limits: BatcherLimits) -> None:
         self._allocator = allocator
         self._limits = limits
         self._sequences: dict[SequenceState, None] = {}  # in order of arrival
+        self._in_flight: set[SequenceState] = set()
 
     def reserve(self, sequence: SequenceState) -> None:
         """Gives a new sequence blocks for its tokens and one more; QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room."""
@@ -84,7 +90,7 @@ class DecodeBatcher:
         if needed > room:
             message = f"{needed} KV blocks are needed, {max(room, 0)} are free"
             raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message, retry_after_s=1.0)
-        sequence.block_ids = self._allocator.allocate(needed)
+        sequence.block_ids = array("i", self._allocator.allocate(needed))
         self._sequences[sequence] = None
 
     def activate(self, sequence: SequenceState, num_computed_tokens: int) -> None:
@@ -103,14 +109,17 @@ class DecodeBatcher:
             if self._make_room(sequence):
                 runs.append(self._run_of(sequence, budget))
                 budget -= runs[-1].num_tokens - 1
+        self._in_flight = {run.sequence for run in runs}
         return runs
 
     def complete(self, runs: Sequence[Run]) -> None:
         """Takes note that the runs' KV is in the pool; tokens drawn are appended by the caller, after this."""
+        self._in_flight.clear()
         for run in runs:
-            if run.sequence.stage is Stage.ACTIVE:
+            if run.sequence.stage is Stage.CLOSED:
+                self._release(run.sequence)
+            else:
                 run.sequence.num_computed_tokens = run.start + run.num_tokens
-            self._allocator.free(run.block_ids)
 
     def close(self, sequence: SequenceState) -> None:
         """Ends a sequence at whatever stage it is and gives back its blocks. Idempotent."""
@@ -118,21 +127,23 @@ class DecodeBatcher:
             return
         del self._sequences[sequence]
         sequence.stage = Stage.CLOSED
-        self._allocator.free(sequence.block_ids)
-        sequence.block_ids = []
+        if sequence not in self._in_flight:
+            self._release(sequence)
 
     def _run_of(self, sequence: SequenceState, budget: int) -> Run:
         missing = sequence.num_tokens - sequence.num_computed_tokens
         num_tokens = min(missing, budget + 1)
-        block_ids = tuple(sequence.block_ids)
-        self._allocator.share(block_ids)
-        return Run(sequence, sequence.num_computed_tokens, num_tokens, block_ids, num_tokens == missing)
+        return Run(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == missing)
+
+    def _release(self, sequence: SequenceState) -> None:
+        self._allocator.free(sequence.block_ids)
+        sequence.block_ids = array("i")
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """Ensures a block for the newest token, at the cost of younger sequences; False if the sequence must wait."""
         while len(sequence.block_ids) < self._blocks_for(sequence.num_tokens):
             try:
-                sequence.block_ids += self._allocator.allocate(1)
+                sequence.block_ids.extend(self._allocator.allocate(1))
             except OutOfBlocksError:
                 victim = self._in_stage(Stage.ACTIVE)[-1]
                 self._preempt(victim)
@@ -141,8 +152,7 @@ class DecodeBatcher:
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
-        self._allocator.free(sequence.block_ids)
-        sequence.block_ids = []
+        self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         sequence.stage = Stage.PREEMPTED
@@ -151,7 +161,7 @@ class DecodeBatcher:
         """Gives preempted sequences blocks again, oldest first, while there are enough for all their tokens and one more."""
         for sequence in self._in_stage(Stage.PREEMPTED):
             try:
-                sequence.block_ids = self._allocator.allocate(self._blocks_for(sequence.num_tokens + 1))
+                sequence.block_ids = array("i", self._allocator.allocate(self._blocks_for(sequence.num_tokens + 1)))
             except OutOfBlocksError:
                 return
             sequence.stage = Stage.ACTIVE

@@ -37,7 +37,7 @@ class StopRule:
         return EndReason.LENGTH if num_completion_tokens >= self.max_tokens else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A token; `index` tokens of the completion came before it."""
 
@@ -78,7 +78,7 @@ class DecodeJob:
 
     @property
     def num_completion_tokens(self) -> int:
-        return self.sequence.num_tokens - self.num_prompt_tokens
+        return len(self.sequence.token_ids) - self.num_prompt_tokens
 
     def sample_row(self) -> SampleRow:
         forbidden = self.stop_rule.end_token_ids if self.num_completion_tokens < self.stop_rule.min_tokens else ()
@@ -219,4 +219,4 @@ class DecodeEngine:
 def _slice_of(run: Run) -> SequenceSlice:
     sequence = run.sequence
     tokens = sequence.token_ids[run.start : run.start + run.num_tokens]
-    return SequenceSlice(tokens, run.start, run.block_ids, "last" if run.draws else "none")
+    return SequenceSlice(tokens, run.start, sequence.block_ids, "last" if run.draws else "none")

@@ -53,9 +53,8 @@ class BatcherLimits:
 class PrefillBatcher:
     """First come, first served: prompts get their blocks in order of arrival, and each step takes tokens in that order.
 
-    A prompt keeps its blocks from admission until `close`. The blocks of a chunk in flight are held by a reference of their own,
-    so closing a prompt in the middle of a step never lets its blocks be reused under the running computation.
-    Not thread-safe: the engine's lock guards it.
+    A prompt keeps its blocks from admission until `close`; if it is closed in the middle of a step that computes some of it, until
+    `complete`, so that they are not reused under the running computation. Not thread-safe: the engine's lock guards it.
     """
 
     def __init__(self, allocator: BlockAllocator, limits: BatcherLimits) -> None:
@@ -63,6 +62,7 @@ class PrefillBatcher:
         self._limits = limits
         self._waiting: deque[PromptState] = deque()
         self._running: list[PromptState] = []
+        self._in_flight: set[PromptState] = set()
 
     def submit(self, prompt: PromptState) -> None:
         """Queues a prompt; KV_BLOCKS_EXHAUSTED if no pool of this size ever holds it, QUEUE_FULL if too many wait."""
@@ -94,7 +94,7 @@ class PrefillBatcher:
         chunks = list(self._pack())
         for chunk in chunks:
             chunk.prompt.num_scheduled_tokens += chunk.num_tokens
-            self._allocator.share(chunk.prompt.block_ids)
+        self._in_flight = {chunk.prompt for chunk in chunks}
         return chunks
 
     def _pack(self) -> Iterator[Chunk]:
@@ -109,14 +109,16 @@ class PrefillBatcher:
 
     def complete(self, chunks: Sequence[Chunk]) -> None:
         """Takes note that the chunks' KV is in the pool: full blocks become findable, finished prompts leave the batch."""
+        self._in_flight.clear()
         for chunk in chunks:
             prompt = chunk.prompt
             prompt.num_computed_tokens = chunk.start + chunk.num_tokens
-            if not prompt.closed:
-                self._allocator.commit(prompt.token_ids, prompt.block_ids, prompt.num_computed_tokens)
-                if prompt.complete:
-                    self._running.remove(prompt)
-            self._allocator.free(prompt.block_ids)
+            if prompt.closed:
+                self._allocator.free(prompt.block_ids)
+                continue
+            self._allocator.commit(prompt.token_ids, prompt.block_ids, prompt.num_computed_tokens)
+            if prompt.complete:
+                self._running.remove(prompt)
 
     def close(self, prompt: PromptState) -> None:
         """Ends a prompt at whatever stage it is and gives back its own reference to its blocks. Idempotent."""
@@ -128,7 +130,8 @@ class PrefillBatcher:
             return
         if not prompt.complete:
             self._running.remove(prompt)
-        self._allocator.free(prompt.block_ids)
+        if prompt not in self._in_flight:
+            self._allocator.free(prompt.block_ids)
 
     @property
     def num_prompts(self) -> int:

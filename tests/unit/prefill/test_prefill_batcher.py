@@ -92,6 +92,16 @@ def test_closing_in_the_middle_of_a_step_keeps_the_blocks_until_the_step_ends() 
     assert allocator.num_free == 2
 
 
+def test_a_chunk_costs_nothing_per_block_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, allocator = make(num_blocks=32)
+    submit(batcher, 100)
+    touched: list[object] = []
+    for name in ("share", "free"):
+        monkeypatch.setattr(allocator, name, touched.append)
+    assert len(step(batcher)) == 1
+    assert touched == []
+
+
 class PrefillBatcherMachine(RuleBasedStateMachine):
     """Any order of arrivals, steps, cancels and releases of shared blocks conserves blocks and loses no prompt."""
 
