@@ -67,6 +67,8 @@ class Gateway:
         await self._admission.wait_idle()
 
     async def close(self) -> None:
+        """After the server has stopped: requests that it cancelled end their legs first."""
+        await self._admission.wait_idle()
         await self._relay.close()
         await self.directory.close()
 

@@ -1,6 +1,7 @@
 """Reading a worker's stream, and ending tasks and calls for good."""
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -33,7 +34,24 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks and waits until their `finally` blocks have run; their results and failures are of no interest."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await see_through(asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def see_through(work: Awaitable[Any]) -> None:
+    """Waits for `work` to its end, also if the caller is cancelled meanwhile; only then the cancellation is let through.
+
+    A request can be cancelled twice: by its deadline in the client and by the same deadline here.
+    """
+    running = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait((running,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    running.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _being_cancelled() -> bool:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import grpc
 
-from gateway.calls import cancel_and_wait, end, read
+from gateway.calls import cancel_and_wait, end, read, see_through
 from gateway.completion import Completion
 from gateway.job import Ending, GenerationJob, Handoff
 from gateway.routing import Placed, PlacementLedger, Role, Worker, choose, choose_decode, usable
@@ -22,6 +22,8 @@ from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc, p
 logger = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 1.0
+# A ticket that the worker has sent already is here by then.
+TICKET_UNDER_WAY_S = 0.1
 
 # A decode worker that says one of these before it has reserved blocks leaves the ticket as it was.
 _REFUSALS = frozenset({Reason.QUEUE_FULL, Reason.KV_BLOCKS_EXHAUSTED, Reason.DRAINING, Reason.LOADING})
@@ -73,7 +75,7 @@ class Relay:
 
     async def close(self) -> None:
         """Waits for releases under way."""
-        await asyncio.gather(*self._releases)
+        await asyncio.gather(*self._releases, return_exceptions=True)
 
     async def _release(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:
         request = kv_pb2.ReleaseRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
@@ -116,8 +118,15 @@ class _Attempt:
                     leg.result()
             return self._ending()
         finally:
-            await cancel_and_wait(*legs)
-            self._release_unless_pulled()
+            await see_through(self._end(*legs))
+
+    async def _end(self, prefill: asyncio.Task[None], *decode: asyncio.Task[None]) -> None:
+        """Ends both legs. A quick prefill may be over before its ticket is here, and its blocks would wait for the lease to end."""
+        await cancel_and_wait(*decode)
+        if not self._first_token_only:
+            await asyncio.wait((prefill, self._ticket), timeout=TICKET_UNDER_WAY_S, return_when=asyncio.FIRST_COMPLETED)
+        await cancel_and_wait(prefill)
+        self._release_unless_pulled()
 
     async def _prefill(self) -> None:
         worker = self._placed.placement.prefill
@@ -158,7 +167,7 @@ class _Attempt:
 
     async def _decode(self) -> None:
         """Offers the ticket to the placed worker, and after a refusal to each of the others."""
-        ticket = await self._ticket
+        ticket = await asyncio.shield(self._ticket)  # cancelling this leg must not cancel the future itself
         worker, arrived, refused = self._placed.placement.decode, self._placed.decode_arrived, set[str]()
         with ExitStack() as counted:
             while True:
@@ -215,7 +224,7 @@ class _Attempt:
         return Ending(completion.finished, self._num_cached_tokens, completion.num_tokens, timings, self._handoff or Handoff())
 
     def _release_unless_pulled(self) -> None:
-        if self._ticket.done() and not self._ticket.cancelled() and self._handoff is None:
+        if self._ticket.done() and self._handoff is None:
             self._relay.release_soon(self._placed.placement.prefill, self._ticket.result())
 
     def _remaining_s(self) -> float:

@@ -135,8 +135,7 @@ def _settings(prefills: list[FakePrefill], decodes: list[FakeDecode], others: di
         model="random:tiny",
         prefill_targets=tuple(worker.address for worker in prefills),
         decode_targets=tuple(worker.address for worker in decodes),
-        server=GatewayServerSettings(port=0),
-        **others,  # type: ignore[arg-type]
+        **{"server": GatewayServerSettings(port=0), **others},  # type: ignore[arg-type]
     )
 
 

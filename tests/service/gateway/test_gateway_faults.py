@@ -7,10 +7,11 @@ import grpc.aio
 import pytest
 
 from gateway.relay import user_error
+from gateway.settings import GatewayServerSettings
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
-from tandem.errors import Reason, TandemError
+from tandem.errors import Reason, TandemError, from_rpc_error
 from tests.fakes.workers import FakeDecode, letters, spelling
-from tests.service.gateway.conftest import MakeSuite, Suite, collect
+from tests.service.gateway.conftest import Answer, MakeSuite, Suite, collect
 
 ENDLESS = spelling("", then=3 + ord("x"))
 PHASES = [("prefill", phase) for phase in ("queue", "admit", "run", "done")] + [
@@ -268,3 +269,65 @@ def test_what_a_failure_means_depends_on_the_tokens_out() -> None:
     assert user_error(full, 1).reason is Reason.STREAM_BROKEN
     late = TandemError(Reason.DEADLINE_EXCEEDED, "late")
     assert user_error(late, 3) is late
+
+
+async def test_a_ticket_on_its_way_when_the_client_goes_is_released(suite: Suite) -> None:
+    """Prefill ends at once, so that its whole stream may be under way while the client's cancel arrives."""
+    for number in range(40):
+        call = suite.call(text=f"hello {number}", stopping={"max_tokens": 10})
+        reading = asyncio.create_task(collect(call))
+        await suite.until(lambda number=number: len(suite.prefill.tickets) > number)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    began = time.monotonic()
+    await suite.all_idle()
+    assert time.monotonic() - began < 0.5
+
+
+async def test_a_deadline_reaches_a_client_that_takes_nothing(make_suite: MakeSuite) -> None:
+    suite = await make_suite(token=ENDLESS, max_deadline_s=0.5)
+    address = f"127.0.0.1:{suite.gateway.server.port}"
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384), ("grpc.use_local_subchannel_pool", 1))
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        slow = Suite(suite.gateway, suite.model, channel, suite.prefills, suite.decodes).call(
+            text="hello", stopping={"max_tokens": 2000}, output={"logprobs": 20}
+        )
+        await slow.read()
+        counts = next(count for method, count in suite.gateway.server.counts.items() if method.endswith("/Generate"))
+        await suite.until(lambda: counts.cancelled == 1)
+        await suite.all_idle()
+        answer = await collect_rest(slow)
+        assert answer.error is not None and answer.error.reason is Reason.DEADLINE_EXCEEDED
+
+
+async def collect_rest(call: grpc.aio.UnaryStreamCall) -> Answer:
+    answer = Answer()
+    try:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            answer.responses.append(response)
+    except grpc.aio.AioRpcError as error:
+        answer.error = from_rpc_error(error)
+    return answer
+
+
+async def test_a_request_that_ends_well_counts_as_ok_at_the_workers(suite: Suite) -> None:
+    for number in range(20):
+        assert (await suite.generate(text=f"hello {number}", stopping={"max_tokens": 3})).error is None
+    await suite.all_idle()
+    for worker, method in ((suite.prefill, "PrefillService/Prefill"), (suite.decode, "DecodeService/Decode")):
+        counts = worker.interceptor.counts[f"/tandem.worker.v1.{method}"]
+        await suite.until(lambda counts=counts: counts.received == counts.ok + counts.cancelled)
+        assert counts.cancelled == 0, (method, counts)
+
+
+async def test_a_shutdown_ends_the_legs_and_frees_the_tickets(make_suite: MakeSuite) -> None:
+    suite = await make_suite(server=GatewayServerSettings(port=0, grace_s=0.1))
+    suite.decode.gates.close("pull")
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 5}))
+    await suite.decode.gates.reached("pull")
+    await suite.gateway.stop()
+    assert [ticket.fate for ticket in suite.prefill.tickets.values()] == ["released"]
+    await suite.all_idle()
+    answer = await answering
+    assert answer.error is not None and answer.error.code is grpc.StatusCode.UNAVAILABLE
