@@ -4,7 +4,7 @@ import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
 const protos = fileURLToPath(new URL("../../protos", import.meta.url));
-const definition = protoLoader.loadSync("tandem/api/v1/generation.proto", { includeDirs: [protos], keepCase: true, oneofs: true });
+const definition = protoLoader.loadSync("tandem/api/v1/generation.proto", { includeDirs: [protos], keepCase: true, defaults: true, oneofs: true });
 const { GenerationService } = grpc.loadPackageDefinition(definition).tandem.api.v1;
 
 const client = new GenerationService("127.0.0.1:50051", grpc.credentials.createInsecure());
