@@ -29,6 +29,10 @@ class InterruptedPullError(Exception):
     """The producer stopped sending before the end; what is verified by then is good."""
 
 
+class StalledPullError(InterruptedPullError):
+    """The producer is connected but silent: frozen, or cut off without a word. Asking it again would only double the wait."""
+
+
 class Destination:
     """The blocks that one ticket is pulled into, and which of them hold verified content."""
 
@@ -36,8 +40,8 @@ class Destination:
         self.views = views
         self.first_frame_ns = 0
         self.num_refetched = 0
+        self.num_resumed = 0
         self._verified = bytearray(len(views))
-        self._num_resumes = 0
         self._refetches: dict[int, int] = {}
 
     @property
@@ -70,11 +74,11 @@ class Destination:
         self.num_refetched += 1
 
     def count_interruption(self, error: InterruptedPullError) -> None:
-        """Lets the pull be resumed, or raises TRANSFER_INTERRUPTED if that was done already."""
-        if self._num_resumes == MAX_RESUMES:
-            metadata = {"verified_blocks": str(self.num_verified)}
-            raise TandemError(Reason.TRANSFER_INTERRUPTED, f"the transfer was cut twice: {error}", metadata=metadata) from error
-        self._num_resumes += 1
+        """Lets the pull be resumed, or raises TRANSFER_INTERRUPTED if that was done already, or is of no use."""
+        if self.num_resumed == MAX_RESUMES or isinstance(error, StalledPullError):
+            metadata = {"verified_blocks": str(self.num_verified), "resumed": str(self.num_resumed)}
+            raise TandemError(Reason.TRANSFER_INTERRUPTED, f"the transfer was cut: {error}", metadata=metadata) from error
+        self.num_resumed += 1
 
 
 class Sequencer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from kvtransfer.choice import TransportChoice, choose, offer_of
+from kvtransfer.control import RESUME_TIMEOUT_S
 from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError
 from kvtransfer.peers import Peer, Peers
 from kvtransfer.ticket import KvTicket, TcpOffer, check_names
@@ -31,6 +32,8 @@ class PullResult:
     num_bytes: int
     pull_us: int
     num_refetched: int
+    num_resumed: int = 0
+    """Times the transfer was cut and taken up again."""
 
 
 class KvPuller:
@@ -78,7 +81,8 @@ class KvPuller:
 
         However this ends, also by being cancelled, nothing touches the blocks any more once it has.
         Raises what `check` and `choose` raise; TICKET_NOT_FOUND or the error of the producer that ended the ticket;
-        KV_CHECKSUM_MISMATCH for a block that came damaged three times; TRANSFER_INTERRUPTED if the transfer was cut twice.
+        KV_CHECKSUM_MISMATCH for a block that came damaged three times; TRANSFER_INTERRUPTED if the transfer was cut twice, or the
+        producer fell silent.
         """
         self.check(ticket)
         assert len(block_ids) == len(ticket.block_ids), "one block for each of the ticket's"
@@ -120,7 +124,8 @@ class KvPuller:
         destination.begin_attempt()
         async with Crew(destination, self._threads) as crew:
             if choice.transport == "shm":
-                frames = peer.control.frames(ticket, destination.num_verified)
+                answer_s = RESUME_TIMEOUT_S if destination.num_resumed else None
+                frames = peer.control.frames(ticket, destination.num_verified, answer_s)
                 assert peer.mapping is not None, "choosing shm maps the pool"
                 first_token_id = await shm.fetch(frames, peer.mapping, ticket, destination, crew)
             else:
@@ -133,7 +138,7 @@ class KvPuller:
     def _result(self, choice: TransportChoice, first_token_id: int, destination: Destination) -> PullResult:
         num_bytes = len(destination.views) * self._layout.block_bytes
         pull_us = (time.monotonic_ns() - destination.first_frame_ns) // 1000
-        return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched)
+        return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched, destination.num_resumed)
 
 
 def _log(ticket: KvTicket, what: str) -> None:

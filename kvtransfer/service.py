@@ -16,6 +16,8 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         self._producer = producer
 
     async def Pull(self, request: kv_pb2.PullRequest, context: grpc.aio.ServicerContext) -> None:
+        # The first frame may be long in coming; this tells the caller at once that somebody is there.
+        await context.send_initial_metadata(())
         frames = self._producer.frames(request.ticket_id, request.epoch, request.first_block_index)
         async with aclosing(frames):
             async for frame in frames:

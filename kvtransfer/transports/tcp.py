@@ -1,14 +1,14 @@
 """The consumer's side of the tcp transport."""
 
 from kvtransfer.frames import BlocksFrame
-from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer
+from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer, StalledPullError
 from kvtransfer.ticket import KvTicket, TcpOffer
 from kvtransfer.transports.connection import Connection
 from kvtransfer.transports.tcp_frames import BlocksMessage, EndMessage, ErrorMessage, FrameError, Message, PullMessage, WaitMessage
 from tandem.errors import Reason, TandemError
 
-STALL_S = 2.0
-"""Without a byte for so long the producer counts as lost. It sends a sign of life four times as often."""
+STALL_S = 1.5
+"""Without a byte for so long the producer counts as lost. It sends a sign of life three times as often."""
 
 MAX_IDLE_CONNECTIONS = 4
 
@@ -25,17 +25,16 @@ class TcpClient:
 
         Raises InterruptedPullError, DamagedBlockError, or the error that the producer sent.
         """
-        try:
-            connection = self._take_idle() or await Connection.open(self.offer.host, self.offer.port, STALL_S)
-        except OSError as error:
-            raise InterruptedPullError(f"no connection to {self.offer.host}:{self.offer.port}: {_text(error)}") from error
+        connection = await self._connect()
         reusable = False
         try:
             await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, destination.num_verified))
             first_token_id = await _receive(connection, ticket, destination, crew)
             reusable = True
+        except TimeoutError as error:
+            raise StalledPullError(f"no byte came for {STALL_S} s") from error
         except (OSError, FrameError) as error:
-            raise InterruptedPullError(_text(error)) from error
+            raise InterruptedPullError(str(error)) from error
         finally:
             self._put_back(connection, reusable)
         return first_token_id
@@ -44,6 +43,15 @@ class TcpClient:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+
+    async def _connect(self) -> Connection:
+        host, port = self.offer.host, self.offer.port
+        try:
+            return self._take_idle() or await Connection.open(host, port, STALL_S)
+        except TimeoutError as error:
+            raise StalledPullError(f"{host}:{port} does not answer") from error
+        except OSError as error:
+            raise InterruptedPullError(f"no connection to {host}:{port}: {error}") from error
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -108,7 +116,3 @@ def _error_of(message: ErrorMessage) -> TandemError:
         return TandemError(Reason.INTERNAL, message.message)
     pairs = zip(message.metadata[::2], message.metadata[1::2], strict=False)
     return TandemError(Reason(message.reason), message.message, metadata=dict(pairs))
-
-
-def _text(error: Exception) -> str:
-    return str(error) or "no byte came for too long"

@@ -1,8 +1,9 @@
 """The control frames of the tcp transport.
 
-A frame is a prefix of 16 bytes (magic, length of the header, XXH3-64 of the header), a msgpack header, and after the header of a
-BlocksMessage the blocks' bytes. The header is an array: version, kind, and the fields of the kind's class in order. Frames come
-from whoever connects, so the length is checked before the header is read, the checksum before it is decoded, and then every value.
+A frame is a prefix of 24 bytes (magic, length of the header, XXH3-64 of the header, XXH3-64 of these 16 bytes), a msgpack header,
+and after the header of a BlocksMessage the blocks' bytes. The header is an array: version, kind, and the fields of the kind's class
+in order. Frames come from whoever connects, so the prefix is checked before the header is read, the header's checksum before it is
+decoded, and then every value.
 """
 
 import struct
@@ -20,7 +21,8 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 512
 MAX_METADATA = 16
 
-PREFIX = struct.Struct("!4sIQ")
+PREFIX = struct.Struct("!4sIQQ")
+_CHECKED = 16
 _MAX_U32 = 2**32 - 1
 _MAX_U64 = 2**64 - 1
 
@@ -87,14 +89,22 @@ def encode(message: Message) -> bytes:
     values = [getattr(message, field.name) for field in fields(message)]
     header: bytes = msgpack.packb([VERSION, _KINDS.index(type(message)), *values])
     assert len(header) <= MAX_HEADER_BYTES, "the header is longer than any peer would read"
-    return PREFIX.pack(MAGIC, len(header), block_checksum(header)) + header
+    return prefix(len(header), block_checksum(header)) + header
+
+
+def prefix(num_header_bytes: int, header_checksum: int) -> bytes:
+    """What goes before a header."""
+    checked = PREFIX.pack(MAGIC, num_header_bytes, header_checksum, 0)[:_CHECKED]
+    return checked + block_checksum(checked).to_bytes(8)
 
 
 def header_bytes(prefix: bytes | bytearray) -> int:
     """How long the header after this prefix is. Raises FrameError."""
-    magic, length, _ = PREFIX.unpack(prefix)
+    magic, length, _, check = PREFIX.unpack(prefix)
     if magic != MAGIC:
         raise FrameError("not a frame of this protocol")
+    if check != block_checksum(bytes(prefix[:_CHECKED])):
+        raise FrameError("the prefix is damaged")
     if length > MAX_HEADER_BYTES:
         raise FrameError(f"a header of {length} bytes; {MAX_HEADER_BYTES} are allowed")
     return int(length)

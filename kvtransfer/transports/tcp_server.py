@@ -111,7 +111,7 @@ class TcpServer:
                 wait_s = IDLE_S
         except FrameError as error:
             self.num_refused += 1
-            logger.warning("a connection to the KV port was closed: %s", str(error))
+            logger.info("a connection to the KV port was closed: %s", str(error))
         except OSError as error:
             logger.debug("a connection to the KV port ended: %s", str(error))
         finally:

@@ -1,6 +1,7 @@
 """The hand-off between a real producer and a real puller, by both transports."""
 
 import asyncio
+import socket
 import threading
 from dataclasses import replace
 
@@ -8,6 +9,8 @@ import grpc
 import pytest
 
 from kvtransfer import intake
+from kvtransfer.control import ControlClient
+from kvtransfer.intake import InterruptedPullError
 from kvtransfer.ticket import KvTicket
 from tandem.channels import open_internal_channel
 from tandem.errors import Reason, TandemError, from_rpc_error
@@ -323,3 +326,27 @@ async def test_blocks_beyond_the_pool_are_never_read() -> None:
         with pytest.raises(TandemError) as caught:
             await at.puller.pull(replace(at.complete((0,)), block_ids=(NUM_BLOCKS,)), (20,))
         assert reason_of(caught) is Reason.KV_LAYOUT_MISMATCH
+
+
+async def test_a_cut_pull_does_not_wait_for_a_frozen_producer() -> None:
+    """A listener that never speaks stands for one: its kernel still takes connections."""
+    async with transfer("shm") as at:
+        frozen = socket.create_server(("127.0.0.1", 0))
+        client = ControlClient(open_internal_channel(f"127.0.0.1:{frozen.getsockname()[1]}"))
+        with frozen, pytest.raises(InterruptedPullError, match="no answer"):
+            async for _ in client.frames(at.complete(), 0, 0.05):
+                pass
+        await client.close()
+
+
+async def test_a_living_producer_answers_long_before_the_first_frame() -> None:
+    async with transfer("shm") as at:
+        ticket = at.grant()
+        client = ControlClient(open_internal_channel(ticket.address))
+        frames = client.frames(ticket, 0, 10.0)
+        first = asyncio.ensure_future(anext(frames))
+        await at.until(lambda: at.num_readers(ticket) == 1)
+        at.producer.finish(ticket.ticket_id, FIRST_TOKEN)
+        await first
+        await frames.aclose()
+        await client.close()

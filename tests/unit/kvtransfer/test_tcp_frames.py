@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import struct
 import tracemalloc
 from typing import Any
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from kvtransfer.checksum import block_checksum
 from kvtransfer.transports.tcp_frames import (
-    MAGIC,
     MAX_HEADER_BYTES,
     PREFIX,
     BlocksMessage,
@@ -26,6 +24,7 @@ from kvtransfer.transports.tcp_frames import (
     decode,
     encode,
     header_bytes,
+    prefix,
 )
 
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -42,15 +41,15 @@ messages = st.one_of(
 
 def read(frame: bytes) -> Message:
     """What a peer that received these bytes makes of them."""
-    prefix, header = frame[: PREFIX.size], frame[PREFIX.size :]
-    if len(prefix) < PREFIX.size or header_bytes(prefix) != len(header):
+    start, header = frame[: PREFIX.size], frame[PREFIX.size :]
+    if len(start) < PREFIX.size or header_bytes(start) != len(header):
         raise FrameError("torn")
-    return decode(prefix, header)
+    return decode(start, header)
 
 
 def sealed(header: bytes) -> bytes:
     """A frame whose prefix is right, whatever the header."""
-    return PREFIX.pack(MAGIC, len(header), block_checksum(header)) + header
+    return prefix(len(header), block_checksum(header)) + header
 
 
 @given(messages)
@@ -170,10 +169,10 @@ def test_bombs_are_refused_without_harm(name: str) -> None:
 
 def test_the_length_is_refused_before_anything_is_read() -> None:
     with pytest.raises(FrameError, match="allowed"):
-        header_bytes(PREFIX.pack(MAGIC, MAX_HEADER_BYTES + 1, 0))
-    assert header_bytes(PREFIX.pack(MAGIC, MAX_HEADER_BYTES, 0)) == MAX_HEADER_BYTES
+        header_bytes(prefix(MAX_HEADER_BYTES + 1, 0))
+    assert header_bytes(prefix(MAX_HEADER_BYTES, 0)) == MAX_HEADER_BYTES
     with pytest.raises(FrameError, match="protocol"):
-        header_bytes(struct.pack("!4sIQ", b"HTTP", 10, 0))
+        header_bytes(b"HTTP" + prefix(10, 0)[4:])
 
 
 @settings(max_examples=1000)
