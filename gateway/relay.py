@@ -11,7 +11,7 @@ import grpc
 from gateway.calls import cancel_and_wait, end, read, see_through
 from gateway.completion import Completion
 from gateway.job import Ending, GenerationJob, Handoff
-from gateway.routing import Placed, PlacementLedger, Role, Worker, choose, choose_decode, usable
+from gateway.routing import Placed, PlacementLedger, Role, Worker, choose, choose_decode, largest_decode_pool, usable
 from gateway.timeline import Timeline
 from gateway.wire import decode_request, prefill_request, tokens_from
 from gateway.workers import WorkerDirectory
@@ -58,6 +58,10 @@ class Relay:
         placement = choose(self.directory.workers, job.model_digest, num_tokens, self.ledger)
         with self.ledger.placed(placement, num_tokens) as placed:
             yield placed
+
+    def pool_tokens(self, model_digest: str) -> int | None:
+        """Most tokens that a decode worker can hold for one request, as far as is known now."""
+        return largest_decode_pool(self.directory.workers, model_digest)
 
     async def run(self, job: GenerationJob, placed: Placed, completion: Completion, timeline: Timeline) -> Ending:
         """Feeds `completion` until it has ended. Cancelling ends both legs. Raises what the user is to see."""

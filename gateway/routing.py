@@ -51,6 +51,11 @@ class Worker:
     max_requests: int = 0
     tokens_per_second: float = 0.0
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens whose KV fits the worker when nothing else is there."""
+        return 0 if self.layout is None else self.total_blocks * self.layout.block_tokens
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -156,6 +161,11 @@ def usable(workers: Collection[Worker], role: Role, model_digest: str, without: 
         for worker in workers
         if worker.role is role and worker.ready and worker.model_digest == model_digest and worker.address not in without
     ]
+
+
+def largest_decode_pool(workers: Collection[Worker], model_digest: str) -> int | None:
+    """Most tokens of prompt and completion together that a usable decode worker can hold; None while there is none."""
+    return max((worker.pool_tokens for worker in usable(workers, Role.DECODE, model_digest)), default=None)
 
 
 def _prefill_load(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> tuple[bool, float, str]:

@@ -79,7 +79,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             self._admission.check()
             token_ids = await prompt_tokens(checked.prompt, self._model)
             tokenizing.set_attribute("gen_ai.usage.input_tokens", len(token_ids))
-            stopping = check_length(len(token_ids), checked, self._model)
+            stopping = check_length(len(token_ids), checked, self._model, self._relay.pool_tokens(self._model.digest))
         seed = secrets.randbits(64) if checked.seed is None else checked.seed
         job = GenerationJob(
             request_id=request_id,

@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request whose fields are all legal. The prompt is not tokenized yet; `max_tokens` None means what the context holds."""
+    """A request whose fields are all legal. The prompt is not tokenized yet; without `max_tokens` there may be as many as fit."""
 
     prompt: Prompt
     sampling: Sampling
@@ -94,18 +94,28 @@ def check_request(request: generation_pb2.GenerateRequest, model: ServedModel) -
     )
 
 
-def check_length(num_tokens: int, checked: CheckedRequest, model: ServedModel) -> Stopping:
-    """The stopping rule with `max_tokens` filled in. Raises PROMPT_EMPTY, PROMPT_TOO_LONG, or INVALID_REQUEST with the field."""
+def check_length(num_tokens: int, checked: CheckedRequest, model: ServedModel, pool_tokens: int | None = None) -> Stopping:
+    """The stopping rule with `max_tokens` filled in: by default what the context and the decode workers' `pool_tokens` hold.
+
+    Raises PROMPT_EMPTY, PROMPT_TOO_LONG, or INVALID_REQUEST with the field.
+    """
     if num_tokens == 0:
         raise TandemError(Reason.PROMPT_EMPTY, "the prompt has no tokens")
     room = model.context_tokens - num_tokens
     if room < 1:
         raise _too_long(f"the prompt has {num_tokens} tokens, which leaves no room in a context of {model.context_tokens}", model)
-    max_tokens = room if checked.max_tokens is None else checked.max_tokens
+    max_tokens = _default_max_tokens(num_tokens, room, pool_tokens) if checked.max_tokens is None else checked.max_tokens
     violations = [*_length_violations(num_tokens, max_tokens, checked, model)]
     if violations:
         raise _refused(violations)
     return replace(checked.stopping, max_tokens=max_tokens)
+
+
+def _default_max_tokens(num_tokens: int, room: int, pool_tokens: int | None) -> int:
+    """A prompt that no pool holds keeps all of its room: the workers refuse it, and say why."""
+    if pool_tokens is None or pool_tokens <= num_tokens:
+        return room
+    return min(room, pool_tokens - num_tokens)
 
 
 def check_characters(num_characters: int, model: ServedModel, field: str) -> None:

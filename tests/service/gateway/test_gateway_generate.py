@@ -160,6 +160,19 @@ async def test_max_tokens_defaults_to_what_the_context_holds(make_suite: MakeSui
     assert suite.prefill.requests[0].stop_rule.max_tokens == 2048 - 100
 
 
+@pytest.mark.parametrize(("num_prompt_tokens", "max_tokens"), [(100, 60), (159, 1), (160, 2048 - 160), (10, 150)])
+async def test_max_tokens_defaults_to_what_the_decode_pools_hold(
+    make_suite: MakeSuite, num_prompt_tokens: int, max_tokens: int
+) -> None:
+    """A prompt that no pool holds keeps its room, so that the workers' refusal says what is wrong."""
+    suite = await make_suite(num_decode=2, token=spelling("short"))
+    for decode, total_blocks in zip(suite.decodes, (10, 3), strict=True):
+        decode.say(total_blocks=total_blocks)
+    await suite.until(lambda: sum(worker.total_blocks for worker in suite.gateway.directory.workers[1:]) == 13)
+    await suite.generate(text="x" * num_prompt_tokens)
+    assert suite.prefill.requests[0].stop_rule.max_tokens == max_tokens
+
+
 async def test_timings_add_up_to_the_wall_time(suite: Suite) -> None:
     suite.prefill.cached_tokens = 3
     suite.prefill.queue_us, suite.decode.queue_us = 2_000, 3_000

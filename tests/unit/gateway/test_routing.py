@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.routing import Layout, PlacementLedger, Role, Worker, choose, usable
+from gateway.routing import Layout, PlacementLedger, Role, Worker, choose, largest_decode_pool, usable
 from gateway.targets import Target, parse_target
 from tandem.errors import Reason, TandemError
 
@@ -39,6 +39,13 @@ def test_decode_is_chosen_by_requests_then_by_room() -> None:
     other = replace(DECODE, address="d2:1")
     assert chosen(PREFILL, replace(DECODE, running_requests=3), replace(other, running_requests=2))[1] == "d2:1"
     assert chosen(PREFILL, DECODE, replace(other, free_blocks=101))[1] == "d2:1"
+
+
+def test_the_largest_pool_is_of_usable_decode_workers() -> None:
+    larger = replace(DECODE, address="d2:1", total_blocks=200)
+    assert largest_decode_pool([replace(PREFILL, total_blocks=900), DECODE, larger], "model") == 3200
+    assert largest_decode_pool([DECODE, replace(larger, ready=False)], "model") == 1600
+    assert largest_decode_pool([DECODE], "other") is None
 
 
 def test_a_decode_worker_without_room_is_the_last_choice() -> None:
