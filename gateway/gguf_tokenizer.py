@@ -1,24 +1,16 @@
-"""Turns the tokenizer inside a GGUF file into the files that a Hugging Face directory has: done once, kept in the cache.
+"""Turns the metadata of a GGUF file into the files that a Hugging Face directory has.
 
-Written are tokenizer.json, tokenizer_config.json (chat template, special tokens) and config.json (context, vocabulary, end tokens).
+These are tokenizer.json, tokenizer_config.json (chat template, special tokens) and config.json (context, vocabulary, end tokens).
 """
 
 import heapq
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from gateway.gguf_metadata import read_gguf_metadata
 from tandem.models import ModelError
-
-# Counts changes of what is written.
-_VERSION = 1
 
 _CONTROL, _USER_DEFINED = 3, 4
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -26,36 +18,15 @@ _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 Metadata = Mapping[str, Any]
 
 
-def converted_directory(gguf: Path, digest: str, cache: Path) -> Path:
-    """The directory with the converted tokenizer of `gguf`, whose `digest` names it below `cache`; made if it is missing.
-
-    Raises ModelError if the file's tokenizer is not supported or the cache cannot be written.
-    """
-    directory = cache / "tokenizers" / f"{digest.replace(':', '-')}-v{_VERSION}"
-    if not (directory / "config.json").is_file():
-        files = _converted(read_gguf_metadata(gguf))
-        try:
-            _publish(files, directory)
-        except OSError as error:
-            raise ModelError(f"the converted tokenizer cannot be kept in {directory}: {error}") from error
-    return directory
-
-
-def _publish(files: Mapping[str, str], directory: Path) -> None:
-    """All files appear at once; of two processes that write at the same time one wins."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix="draft-", dir=directory.parent))
+def tokenizer_files(metadata: Metadata) -> dict[str, str]:
+    """The files' texts by name. Raises ModelError if something is missing, or the kind of tokenizer is not supported."""
     try:
-        for name, content in files.items():
-            (draft / name).write_text(content, encoding="utf-8")
-        os.rename(draft, directory)
-    except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-        if not (directory / "config.json").is_file():
-            raise
+        return _files(metadata)
+    except KeyError as error:
+        raise ModelError(f"the GGUF file lacks {error}") from error
 
 
-def _converted(metadata: Metadata) -> dict[str, str]:
+def _files(metadata: Metadata) -> dict[str, str]:
     tokens = metadata["tokenizer.ggml.tokens"]
     architecture = metadata["general.architecture"]
     config = {

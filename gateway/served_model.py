@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.gguf_tokenizer import converted_directory
+from gateway.gguf_conversion import converted_directory
 from gateway.templates import ChatTemplate
 from gateway.tokenizer import Tokenizer, byte_level_tokenizer, load_tokenizer
 from tandem.errors import Reason, TandemError
@@ -42,7 +42,7 @@ class ServedModel:
 def load_served_model(files: ModelFiles, cache: Path) -> ServedModel:
     """Reads tokenizer and sizes of a model that is on this machine; converted tokenizers are kept below `cache`.
 
-    Blocks for about a second. Raises ModelError if the model lacks something or is of an unsupported kind.
+    Blocks for about a second, the first time for more. Raises ModelError if the model lacks something or is of an unsupported kind.
     """
     if files.random_config is not None:
         return _model(files, files.random_config, byte_level_tokenizer(), ChatTemplate(_PLAIN_TEMPLATE))

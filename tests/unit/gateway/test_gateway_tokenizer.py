@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models
 
+from gateway.gguf_conversion import convert, converted_directory
 from gateway.gguf_metadata import read_gguf_metadata
-from gateway.gguf_tokenizer import converted_directory, tokenizer_from_metadata
+from gateway.gguf_tokenizer import tokenizer_from_metadata
 from gateway.served_model import load_served_model
 from gateway.templates import Message
 from gateway.tokenizer import _CHARACTER_BYTES, Tokenizer
@@ -163,15 +166,53 @@ def test_a_gguf_model_is_converted_once(tmp_path: Path) -> None:
 
 
 def test_a_conversion_that_comes_second_leaves_the_first(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", byte_level_metadata())
-    first = converted_directory(path, "abc", tmp_path)
-    before = (first / "tokenizer.json").stat().st_ino
-    (first / "config.json").rename(tmp_path / "config.json")
+    path, directory = write_gguf(tmp_path / "m.gguf", byte_level_metadata()), tmp_path / "tokenizers" / "abc-v1"
+    convert(path, directory)
+    before = (directory / "tokenizer.json").stat().st_ino
+    (directory / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(ModelError, match="cannot be kept"):
-        converted_directory(path, "abc", tmp_path)
-    (tmp_path / "config.json").rename(first / "config.json")
-    assert converted_directory(path, "abc", tmp_path) == first
-    assert (first / "tokenizer.json").stat().st_ino == before
+        convert(path, directory)
+    (tmp_path / "config.json").rename(directory / "config.json")
+    convert(path, directory)
+    assert converted_directory(path, "abc", tmp_path) == directory
+    assert (directory / "tokenizer.json").stat().st_ino == before
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"no model", "not a readable GGUF file"),
+        (byte_level_metadata("mystery"), "'mystery' is not supported"),
+        ({"general.architecture": "llama"}, "lacks 'tokenizer.ggml.tokens'"),
+    ],
+)
+def test_what_the_converting_process_refuses_is_said(tmp_path: Path, content: bytes | Mapping[str, Any], said: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content) if isinstance(content, bytes) else write_gguf(path, content)
+    with pytest.raises(ModelError) as raised:
+        converted_directory(path, "abc", tmp_path / "cache")
+    assert str(raised.value).startswith(f"the tokenizer of {path} cannot be converted: ")
+    assert said in str(raised.value)
+
+
+def test_a_converting_process_that_dies_is_named_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nkill -9 $$\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    with pytest.raises(ModelError, match="ended with status -9"):
+        converted_directory(tmp_path / "m.gguf", "abc", tmp_path)
+
+
+def test_the_library_that_reads_gguf_stays_out_of_the_gateway(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", byte_level_metadata())
+    code = (
+        "import sys; from pathlib import Path; import gateway.app; from gateway.gguf_conversion import converted_directory;"
+        f"converted_directory(Path({str(path)!r}), 'abc', Path({str(tmp_path)!r}));"
+        "assert not {'gguf', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run((sys.executable, "-c", code), check=True)
 
 
 def hugging_face(directory: Path, config: Mapping[str, Any], **files: str) -> ModelFiles:
