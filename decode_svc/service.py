@@ -22,6 +22,7 @@ from tandem.errors import Reason, TandemError
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc
+from tandem.worker_requests import ModelLimits, check_request
 
 _FINISH_REASONS = {
     EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -33,26 +34,26 @@ _TRANSPORTS = {"shm": generation_pb2.TRANSPORT_SHM, "tcp": generation_pb2.TRANSP
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """Serves `Decode`. `draining` turned on refuses new requests and lets the present ones finish."""
 
-    def __init__(self, engine: DecodeEngine, puller: KvPuller) -> None:
+    def __init__(self, engine: DecodeEngine, puller: KvPuller, limits: ModelLimits) -> None:
         self._engine = engine
         self._puller = puller
+        self._limits = limits
         self._releases: set[asyncio.Task[None]] = set()
         self.draining = False
 
     async def Decode(self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
         if self.draining:
             raise TandemError(Reason.DRAINING, "this decode worker is shutting down")
+        check_request(request, self._limits)
         ticket = ticket_from_proto(request.ticket)
-        check_request(request, ticket)
+        check_ticket(request, ticket)
         self._puller.check(ticket)
         job = job_from(request)
         block_ids = self._engine.reserve(job)
         try:
             run = _DecodeRun(request, context, job, self._engine)
-            await run.write(reserved=decode_pb2.Reserved())
             result = await self._pull(run, ticket, block_ids)
             self._engine.activate(job, result.first_token_id)
-            self._release_soon(ticket)
             await run.serve(result)
         finally:
             self._engine.close(job)
@@ -62,8 +63,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         await asyncio.gather(*self._releases, return_exceptions=True)
 
     async def _pull(self, run: "_DecodeRun", ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
-        run.pull_began_ns = time.monotonic_ns()
-        return await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)])
+        """Whoever cancels this has no more use for the ticket either. After an error the producer or the lease ends it."""
+        try:
+            await run.write(reserved=decode_pb2.Reserved())
+            run.pull_began_ns = time.monotonic_ns()
+            result = await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)])
+        except TandemError:
+            raise
+        except BaseException:
+            self._release_soon(ticket)
+            raise
+        self._release_soon(ticket)
+        if result.first_token_id >= self._limits.vocabulary_size:
+            raise TandemError(Reason.INTERNAL, f"the prefill worker's first token, {result.first_token_id}, does not exist")
+        return result
 
     def _release_soon(self, ticket: KvTicket) -> None:
         """Off the critical path; a release that gets lost is made up for by the lease."""
@@ -159,10 +172,8 @@ async def _forgiving(release: Coroutine[Any, Any, None]) -> None:
         await release
 
 
-def check_request(request: decode_pb2.DecodeRequest, ticket: KvTicket) -> None:
-    """Raises INVALID_REQUEST where the request contradicts itself."""
-    if not 0 < request.num_prompt_tokens <= len(request.token_ids):
-        raise TandemError(Reason.INVALID_REQUEST, "num_prompt_tokens must be between 1 and the number of token_ids")
+def check_ticket(request: decode_pb2.DecodeRequest, ticket: KvTicket) -> None:
+    """Raises INVALID_REQUEST where the ticket is for another request."""
     if ticket.num_tokens != len(request.token_ids):
         raise TandemError(Reason.INVALID_REQUEST, f"the ticket is for {ticket.num_tokens} tokens, not {len(request.token_ids)}")
     if request.attempt != ticket.epoch:

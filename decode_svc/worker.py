@@ -21,6 +21,7 @@ from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
 from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
+from tandem.worker_requests import ModelLimits
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class DecodeWorker:
             transports=settings.transfer.transports,
             channels=open_internal_channel,
         )
-        self._decode = DecodeServicer(self._engine, self._puller)
+        config = loaded.runner.config
+        self._decode = DecodeServicer(self._engine, self._puller, ModelLimits(config.vocab_size, config.context_tokens))
         self._status = StatusServicer(self._identity(files), self._snapshot)
         self._add_services()
 

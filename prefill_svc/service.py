@@ -17,16 +17,17 @@ from tandem.errors import Reason, TandemError
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
 from tandem.worker.v1 import prefill_pb2, prefill_pb2_grpc
+from tandem.worker_requests import ModelLimits, check_request
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """Serves `Prefill`. `draining` turned on refuses new requests and lets the present ones finish."""
 
-    def __init__(self, engine: PrefillEngine, producer: KvProducer, model_digest: str, vocabulary_size: int) -> None:
+    def __init__(self, engine: PrefillEngine, producer: KvProducer, model_digest: str, limits: ModelLimits) -> None:
         self._engine = engine
         self._producer = producer
         self._model_digest = model_digest
-        self._vocabulary_size = vocabulary_size
+        self._limits = limits
         self.draining = False
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
@@ -46,10 +47,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if request.model_digest != self._model_digest:
             message = f"this worker serves model {self._model_digest[:12]}, not {request.model_digest[:12]}"
             raise TandemError(Reason.MODEL_MISMATCH, message)
-        if not 0 < request.num_prompt_tokens <= len(request.token_ids):
-            raise TandemError(Reason.INVALID_REQUEST, "num_prompt_tokens must be between 1 and the number of token_ids")
-        if max(request.token_ids) >= self._vocabulary_size:
-            raise TandemError(Reason.INVALID_REQUEST, f"a token id is outside the vocabulary of {self._vocabulary_size}")
+        check_request(request, self._limits)
 
 
 class _PrefillRun:

@@ -23,6 +23,7 @@ from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
 from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
+from tandem.worker_requests import ModelLimits
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class PrefillWorker:
         batcher = PrefillBatcher(loaded.allocator, limits)
         self._engine = PrefillEngine(loaded.runner, loaded.allocator, batcher, Courier(self._loop), self._fail)
         self._producer = self._make_producer(files)
-        self._prefill = PrefillServicer(self._engine, self._producer, files.digest, loaded.runner.config.vocab_size)
+        config = loaded.runner.config
+        model_limits = ModelLimits(config.vocab_size, config.context_tokens)
+        self._prefill = PrefillServicer(self._engine, self._producer, files.digest, model_limits)
         self._status = StatusServicer(self._identity(files), self._snapshot)
         self._add_services()
 

@@ -10,6 +10,7 @@ from llm.kv.pool import KvPool
 from llm.runner import SequenceSlice
 
 VOCABULARY_SIZE = 251
+CONTEXT_TOKENS = 2048
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_tokens=4, dtype="float32")
 
 
@@ -32,7 +33,7 @@ class FakeRunner:
     `gate`, if set, is called before each step: tests hold a step there. `sizes` notes the tokens of every slice of every step.
     """
 
-    config = SimpleNamespace(vocab_size=VOCABULARY_SIZE, num_layers=2, num_kv_heads=1, head_dim=4)
+    config = SimpleNamespace(vocab_size=VOCABULARY_SIZE, context_tokens=CONTEXT_TOKENS, num_layers=2, num_kv_heads=1, head_dim=4)
     weight_format = "fake"
     device_description = "fake"
 
