@@ -19,7 +19,7 @@ from tandem.api.v1 import (
     tokenizer_pb2_grpc,
 )
 from tandem.models import ModelError, cache_directory, resolve_model
-from tandem.server import Server
+from tandem.server import Server, StartError
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +93,16 @@ class Gateway:
             self.server.set_ready(ready)
 
 
-async def serve(settings: GatewaySettings) -> int:
-    """Loads the model's tokenizer and serves until told to stop; 1 if the model cannot be had."""
+async def serve(settings: GatewaySettings) -> None:
+    """Loads the model's tokenizer and serves until told to stop. StartError if the model cannot be had."""
     try:
         model = await asyncio.to_thread(_load, settings.model)
     except ModelError as error:
-        logger.error("%s", error)
-        return 1
+        raise StartError(str(error)) from error
     gateway = Gateway(model, settings)
     port = await gateway.start()
     logger.info("gateway for %s listens on %s:%d", model.name, settings.server.host, port)
     await gateway.run_until_stopped()
-    return 0
 
 
 def _load(name: str) -> ServedModel:
