@@ -2,7 +2,7 @@
 
 import grpc
 
-from gateway.prompts import render, tokenize
+from gateway.prompts import detokenize, render, tokenize
 from gateway.served_model import ServedModel
 from gateway.validate import check_characters, check_messages, check_token_ids
 from tandem.api.v1 import model_pb2, model_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
@@ -57,7 +57,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._model.check_name(request.model)
         token_ids = tuple(request.token_ids)
         check_token_ids(token_ids, self._model, "token_ids")
-        text = self._model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens)
+        text = await detokenize(token_ids, self._model, skip_special_tokens=request.skip_special_tokens)
         return tokenizer_pb2.DetokenizeResponse(text=text)
 
     async def ApplyChatTemplate(

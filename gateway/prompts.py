@@ -29,6 +29,10 @@ async def tokenize(text: str, model: ServedModel, *, add_special_tokens: bool) -
     return await _run(len(text), lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
+async def detokenize(token_ids: Sequence[int], model: ServedModel, *, skip_special_tokens: bool) -> str:
+    return await _run(len(token_ids), lambda: model.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
 async def render(messages: Sequence[Message], model: ServedModel, *, add_generation_prompt: bool) -> str:
     """The conversation's text. Raises TEMPLATE_FAILED, or PROMPT_TOO_LONG by the number of characters."""
     template = model.template
@@ -40,5 +44,6 @@ async def render(messages: Sequence[Message], model: ServedModel, *, add_generat
     return text
 
 
-async def _run(num_characters: int, work: Callable[[], T]) -> T:
-    return work() if num_characters <= SHORT_CHARACTERS else await asyncio.to_thread(work)
+async def _run(length: int, work: Callable[[], T]) -> T:
+    """`length`: characters, or tokens."""
+    return work() if length <= SHORT_CHARACTERS else await asyncio.to_thread(work)

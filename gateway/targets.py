@@ -37,6 +37,6 @@ async def look_up(target: Target) -> Sequence[str]:
     """The addresses behind a name, sorted; none if the name is unknown right now."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what cannot be a host's name
         return ()
     return sorted({join_address(str(address[0]), int(address[1])) for *_, address in found})
