@@ -104,6 +104,7 @@ class EngineLoad:
 class DecodeEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
 
+    `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive in the job's mailbox.
     """
 
@@ -113,13 +114,17 @@ class DecodeEngine:
         allocator: BlockAllocator,
         batcher: DecodeBatcher,
         courier: Courier,
+        *,
         on_failure: Callable[[Exception], None],
+        on_change: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._allocator = allocator
         self._batcher = batcher
         self._courier = courier
         self._on_failure = on_failure
+        self._on_change = on_change
+        self._failure: Failed | None = None
         self._lock = threading.Lock()
         self._jobs: dict[SequenceState, DecodeJob] = {}
         self._speed = Speed()
@@ -132,11 +137,18 @@ class DecodeEngine:
         return self._thread.stop(timeout_s)
 
     def reserve(self, job: DecodeJob) -> Sequence[int]:
-        """Takes a job in and returns its blocks; the caller must `close` it. Raises QUEUE_FULL or KV_BLOCKS_EXHAUSTED."""
+        """Takes a job in and returns its blocks; the caller must `close` it.
+
+        Raises QUEUE_FULL, KV_BLOCKS_EXHAUSTED, ENGINE_FAILED.
+        """
         with self._lock:
+            if self._failure is not None:
+                raise self._failure.error
             self._batcher.reserve(job.sequence)
             self._jobs[job.sequence] = job
-            return tuple(job.sequence.block_ids)
+            block_ids = tuple(job.sequence.block_ids)
+        self._on_change()
+        return block_ids
 
     def activate(self, job: DecodeJob, first_token_id: int) -> None:
         """The KV of the job's tokens has arrived, and the first token of its completion is known."""
@@ -146,14 +158,14 @@ class DecodeEngine:
             reason = job.append(first_token_id)
             if reason is not None:
                 self._courier.send(self._end(job, reason))
-        self._thread.wake()
+        self._wake()
 
     def close(self, job: DecodeJob) -> None:
         """Ends a job at whatever stage it is and gives back its blocks. Idempotent."""
         with self._lock:
             if self._jobs.pop(job.sequence, None) is not None:
                 self._batcher.close(job.sequence)
-        self._thread.wake()
+        self._wake()
 
     def load(self) -> EngineLoad:
         with self._lock:
@@ -169,7 +181,12 @@ class DecodeEngine:
         tokens = self._run(work)
         self._publish(work, tokens)
         self._speed.add(len(tokens), started)
+        self._on_change()
         return True
+
+    def _wake(self) -> None:
+        self._thread.wake()
+        self._on_change()
 
     def _schedule(self) -> list[tuple[Run, DecodeJob]]:
         with self._lock:
@@ -212,6 +229,7 @@ class DecodeEngine:
     def _fail(self, error: Exception) -> None:
         failure = Failed(TandemError(Reason.ENGINE_FAILED, "the decode engine failed; the worker restarts"))
         with self._lock:
+            self._failure = failure
             self._courier.send([(job.mailbox, failure) for job in self._jobs.values()])
         self._on_failure(error)
 

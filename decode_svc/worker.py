@@ -62,7 +62,10 @@ class DecodeWorker:
         self._server = Server("decode", settings.server)
         limits = BatcherLimits(settings.max_batch, settings.max_sequences, settings.recompute_budget)
         batcher = DecodeBatcher(loaded.allocator, limits)
-        self._engine = DecodeEngine(loaded.runner, loaded.allocator, batcher, Courier(self._loop), self._fail)
+        courier = Courier(self._loop)
+        self._engine = DecodeEngine(
+            loaded.runner, loaded.allocator, batcher, courier, on_failure=self._fail, on_change=self._changed
+        )
         self._puller = KvPuller(
             loaded.pool,
             loaded.layout,
@@ -135,6 +138,9 @@ class DecodeWorker:
         await self._puller.close()
         await asyncio.to_thread(self._engine.stop)
         self._loaded.pool.close()
+
+    def _changed(self) -> None:
+        self._status.changed()
 
     def _fail(self, error: Exception) -> None:
         """On the engine thread. The process ends, and whoever supervises it starts a new one."""

@@ -84,6 +84,7 @@ class EngineLoad:
 class PrefillEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
 
+    `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `submit`, `close`, `share` and `free` may be called from any thread and return at once; events arrive in the job's mailbox.
     """
 
@@ -93,13 +94,17 @@ class PrefillEngine:
         allocator: BlockAllocator,
         batcher: PrefillBatcher,
         courier: Courier,
+        *,
         on_failure: Callable[[Exception], None],
+        on_change: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._allocator = allocator
         self._batcher = batcher
         self._courier = courier
         self._on_failure = on_failure
+        self._on_change = on_change
+        self._failure: Failed | None = None
         self._lock = threading.Lock()
         self._jobs: dict[PromptState, PrefillJob] = {}
         self._speed = Speed()
@@ -112,12 +117,14 @@ class PrefillEngine:
         return self._thread.stop(timeout_s)
 
     def submit(self, job: PrefillJob) -> None:
-        """Queues a job; the caller must `close` it, however it ends. Raises KV_BLOCKS_EXHAUSTED or QUEUE_FULL."""
+        """Queues a job; the caller must `close` it, however it ends. Raises KV_BLOCKS_EXHAUSTED, QUEUE_FULL, ENGINE_FAILED."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure.error
             self._batcher.submit(job.prompt)
             self._jobs[job.prompt] = job
             self._admit()
-        self._thread.wake()
+        self._wake()
 
     def close(self, job: PrefillJob) -> None:
         """Ends a job at whatever stage it is and gives back its blocks. Idempotent."""
@@ -125,7 +132,7 @@ class PrefillEngine:
             if self._jobs.pop(job.prompt, None) is not None:
                 self._batcher.close(job.prompt)
                 self._admit()
-        self._thread.wake()
+        self._wake()
 
     def share(self, block_ids: Sequence[int]) -> None:
         """Takes a further reference to blocks that the caller's job still holds; `free` gives it back."""
@@ -137,7 +144,7 @@ class PrefillEngine:
         with self._lock:
             self._allocator.free(block_ids)
             self._admit()
-        self._thread.wake()
+        self._wake()
 
     def load(self) -> EngineLoad:
         with self._lock:
@@ -154,7 +161,12 @@ class PrefillEngine:
         tokens = self._run(work)
         self._publish(work, tokens)
         self._speed.add(sum(chunk.num_tokens for chunk, _ in work), started)
+        self._on_change()
         return True
+
+    def _wake(self) -> None:
+        self._thread.wake()
+        self._on_change()
 
     def _admit(self) -> None:
         """Lock held. Events of admission leave before any event of the step that follows it."""
@@ -200,6 +212,7 @@ class PrefillEngine:
     def _fail(self, error: Exception) -> None:
         failure = Failed(TandemError(Reason.ENGINE_FAILED, "the prefill engine failed; the worker restarts"))
         with self._lock:
+            self._failure = failure
             self._courier.send([(job.mailbox, failure) for job in self._jobs.values()])
         self._on_failure(error)
 

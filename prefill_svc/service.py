@@ -1,5 +1,6 @@
 """PrefillService: one coroutine per request between the gateway, the engine and the ticket ledger."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -28,6 +29,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._producer = producer
         self._model_digest = model_digest
         self._limits = limits
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.draining = False
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
@@ -35,11 +39,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         job = job_from(request)
         run = _PrefillRun(request, context, job, self._producer, self._engine)
         self._engine.submit(job)
+        self._count(1)
         try:
             await run.serve()
         finally:
             run.close()
             self._engine.close(job)
+            self._count(-1)
+
+    async def wait_idle(self) -> None:
+        """Returns once no request is here."""
+        await self._idle.wait()
+
+    def _count(self, change: int) -> None:
+        self._num_running += change
+        if self._num_running:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     def _check(self, request: prefill_pb2.PrefillRequest) -> None:
         if self.draining:
@@ -74,6 +91,8 @@ class _PrefillRun:
         while not self._finished:
             for event in await self._job.mailbox.take():
                 await self._handle(event)
+                if self._finished:
+                    return  # that the engine failed after that is others' concern
 
     def close(self) -> None:
         """A ticket whose prompt was not finished is worth nothing to anyone."""

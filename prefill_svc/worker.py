@@ -65,7 +65,10 @@ class PrefillWorker:
         self._server = Server("prefill", settings.server)
         limits = BatcherLimits(settings.token_budget, settings.max_prompts)
         batcher = PrefillBatcher(loaded.allocator, limits)
-        self._engine = PrefillEngine(loaded.runner, loaded.allocator, batcher, Courier(self._loop), self._fail)
+        courier = Courier(self._loop)
+        self._engine = PrefillEngine(
+            loaded.runner, loaded.allocator, batcher, courier, on_failure=self._fail, on_change=self._changed
+        )
         self._producer = self._make_producer(files)
         config = loaded.runner.config
         model_limits = ModelLimits(config.vocab_size, config.context_tokens)
@@ -140,15 +143,20 @@ class PrefillWorker:
         )
 
     async def _drain(self) -> None:
-        """Refuses new prompts; waits until decode workers have pulled what is granted; the server bounds it by the grace."""
+        """Refuses new prompts; waits until all present ones are computed, which grants the last tickets, and until decode workers
+        have pulled what is granted; the server bounds it by the grace."""
         self._prefill.draining = True
         self._status.changed()
+        await self._prefill.wait_idle()
         await self._producer.wait_idle()
 
     async def _close(self) -> None:
         await self._producer.close()
         await asyncio.to_thread(self._engine.stop)
         self._loaded.pool.close()
+
+    def _changed(self) -> None:
+        self._status.changed()
 
     def _fail(self, error: Exception) -> None:
         """On the engine thread. The process ends, and whoever supervises it starts a new one."""

@@ -44,14 +44,14 @@ class Node:
     async def wait_idle(self, limit_s: float = 0.5) -> None:
         """Every block is free within the promised time."""
         async with asyncio.timeout(limit_s):
-            while not self.idle:
+            while not self.idle:  # noqa: ASYNC110 - counters of another thread
                 await asyncio.sleep(0.002)
         self.allocator.check_integrity()
 
     async def until(self, holds: Callable[[Any], bool], limit_s: float = 5.0) -> None:
         """Returns once the engine's load is such."""
         async with asyncio.timeout(limit_s):
-            while not holds(self.worker._engine.load()):
+            while not holds(self.worker._engine.load()):  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 
 
@@ -81,12 +81,12 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
-async def node(kind: str, num_blocks: int = 64, **settings: object) -> AsyncIterator[Node]:
+async def node(kind: str, num_blocks: int = 64, grace_s: float = 1.0, **settings: object) -> AsyncIterator[Node]:
     """A running worker of a kind, "prefill" or "decode"."""
     pool = KvPool.create(LAYOUT, num_blocks)
     runner, allocator = FakeRunner(pool), BlockAllocator(num_blocks, LAYOUT.block_tokens, prefix_cache=kind == "prefill")
     loaded = LoadedModel(runner, pool, allocator, LAYOUT)  # type: ignore[arg-type]
-    server = ServerSettings(port=free_port("127.0.0.1"), grace_s=1.0)
+    server = ServerSettings(port=free_port("127.0.0.1"), grace_s=grace_s)
     if kind == "prefill":
         worker: PrefillWorker | DecodeWorker = PrefillWorker(PrefillSettings(server=server, **settings), FILES, loaded)  # type: ignore[arg-type]
     else:

@@ -1,0 +1,115 @@
+"""What a worker says of its load while it changes, how it leaves, and what it gives back when others leave."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from tandem.worker.v1 import decode_pb2, prefill_pb2, status_pb2, status_pb2_grpc
+from tests.fakes.runner import completion
+from tests.service.workers.harness import (
+    Node,
+    Pair,
+    decode_request,
+    held,
+    node,
+    open_decode,
+    open_prefill,
+    pair,
+    prefill_request,
+)
+
+PROMPT = [(13 * index + 2) % 251 for index in range(41)]
+State = status_pb2.WatchResponse
+
+
+@asynccontextmanager
+async def watching(at: Node) -> AsyncIterator[Callable[[Callable[[State], bool]], object]]:
+    """Yields a function that waits for a state. States come only when the worker says that something has changed."""
+    at.worker._status._maximum_interval_s = 600.0
+    call = status_pb2_grpc.WorkerStatusServiceStub(at.channel).Watch(status_pb2.WatchRequest())
+    await call.read()
+
+    async def until(holds: Callable[[State], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not holds(await call.read()):
+                pass
+
+    yield until
+    call.cancel()
+
+
+async def test_a_prefill_worker_tells_of_its_load_as_it_changes() -> None:
+    async with node("prefill", num_blocks=16) as at, watching(at) as until:
+        with held(at) as entered:
+            first = open_prefill(at, prefill_request(PROMPT, first_token_only=True))
+            await first.read()
+            await entered()
+            await until(lambda state: (state.free_blocks, state.running_requests, state.queued_tokens) == (5, 1, 41))
+            second = open_prefill(at, prefill_request(PROMPT, first_token_only=True))
+            reading = asyncio.create_task(second.read())
+            await until(lambda state: (state.queued_requests, state.queued_tokens) == (1, 82))
+        await reading
+        await until(lambda state: (state.free_blocks, state.running_requests, state.queued_tokens) == (16, 0, 0))
+
+
+async def test_a_decode_worker_tells_of_its_load_as_it_changes() -> None:
+    async with pair() as nodes, watching(nodes.decode) as until:
+        request = prefill_request(PROMPT, max_tokens=20)
+        with held(nodes.decode):
+            with held(nodes.prefill):
+                prefill = open_prefill(nodes.prefill, request)
+                admitted = (await prefill.read()).admitted
+                decode = asyncio.create_task(_decoded(nodes, decode_request(admitted, request)))
+                await until(lambda state: (state.free_blocks, state.queued_requests) == (53, 1))
+            await until(lambda state: (state.queued_requests, state.running_requests) == (0, 1))
+        assert await decode == completion(PROMPT, 20)[1:]
+        await until(lambda state: (state.free_blocks, state.running_requests) == (64, 0))
+
+
+async def test_a_prompt_that_waits_for_blocks_is_served_before_the_worker_leaves() -> None:
+    """Its blocks come from a prompt whose ticket is pulled only after the shutdown has begun."""
+    async with node("decode") as decode, node("prefill", num_blocks=16, grace_s=10.0) as prefill:
+        nodes = Pair(prefill, decode)
+        first, second = prefill_request(PROMPT), prefill_request(PROMPT[::-1])
+        call = open_prefill(prefill, first)
+        admitted = await _prefilled(call)
+        waiting = open_prefill(prefill, second)
+        reading = asyncio.create_task(waiting.read())
+        await prefill.until(lambda load: load.num_waiting == 1)
+        prefill.worker.stop()
+        assert await _decoded(nodes, decode_request(admitted, first)) == completion(PROMPT, 8)[1:]
+        assert await _decoded(nodes, decode_request((await reading).admitted, second)) == completion(PROMPT[::-1], 8)[1:]
+
+
+async def test_a_cancelled_pull_gives_its_ticket_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease would last 30 s."""
+    async with pair() as nodes:
+        began, puller = asyncio.Event(), nodes.decode.worker._puller
+
+        async def pull(*_: object) -> None:
+            began.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(puller, "pull", pull)
+        request = prefill_request(PROMPT)
+        prefill = open_prefill(nodes.prefill, request)
+        admitted = await _prefilled(prefill)
+        decode = open_decode(nodes.decode, decode_request(admitted, request))
+        await began.wait()
+        decode.cancel()
+        await nodes.prefill.wait_idle()
+        await nodes.decode.wait_idle()
+
+
+async def _prefilled(call: grpc.aio.UnaryStreamCall) -> prefill_pb2.Admitted:
+    """Reads the stream to its end."""
+    admitted, *_ = [event async for event in call]
+    return admitted.admitted
+
+
+async def _decoded(nodes: Pair, request: decode_pb2.DecodeRequest) -> list[int]:
+    events = [event async for event in open_decode(nodes.decode, request)]
+    return [token.token_id for event in events for token in event.delta.tokens]
