@@ -96,7 +96,7 @@ def _load(options: argparse.Namespace, gpu: GpuSettings, num_tokens: int) -> Gpu
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _PAGE, runner.kv_dtype)
     pool = KvPool.create(layout, -(-num_tokens // _PAGE) + 8, "cuda")
-    for block in pool.tensor.split(256):
+    for block in pool.tensor.split(256):  # type: ignore[no-untyped-call]
         block.normal_()
     runner.attach(pool)
     loaded = time.monotonic()
@@ -183,7 +183,7 @@ def _wall_ms(call: Callable[[], torch.Tensor], repeats: int = 7) -> float:
 def _device_ms(call: Callable[[], object], repeats: int = 20) -> float:
     """From the first launch to the end of the last, repeats queued one after another; the host's part shows where it is longer."""
     call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(repeats):
         call()

@@ -56,7 +56,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def _elapsed_us(call: Call) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call()
     end.record()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.gpu_timing import Call
-from decode_svc.kernels.paged_attention import PagedAttention
+from decode_svc.kernels.paged_attention import PagedAttention, Stretch
 from llm.batch import Batch, SequenceSlice, build_batch
 from llm.gpu.tiles import Tiles, cut_tiles
 from llm.ops.gpu.argmax import Argmax
@@ -42,7 +42,8 @@ VECTOR_TILES = [
     Tile(2, 2048, 8, 2),
     Tile(8, 512, 4, 4),
 ]
-PREFILL_SHAPES = [Shape(128, 64, 8, 3), Shape(128, 64, 8, 2), Shape(128, 128, 8, 2), Shape(64, 64, 4, 3), Shape(64, 128, 4, 2)]
+PREFILL_SHAPES = [Shape(128, 128, 8, 2), Shape(128, 64, 8, 3), Shape(128, 64, 8, 4), Shape(64, 64, 4, 3), Shape(128, 128, 8, 3)]
+STRETCHES = [Stretch(), Stretch(64, 4, 5), Stretch(128, 8, 3), Stretch(128, 4, 3), Stretch(32, 4, 4)]
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Case:
     """Calls over different memory, all of the same work."""
 
     name: str
-    calls: list[Call]
+    calls: Sequence[Call]
     num_bytes: float = 0.0
     num_flops: float = 0.0
-    torch_calls: list[Call] | None = None
+    torch_calls: Sequence[Call] | None = None
     """What torch offers for the same, where it does."""
 
 
@@ -63,7 +64,7 @@ def all_cases(tunes: bool) -> Iterator[Case]:
     yield from _skinny(tunes)
     yield from _drawing()
     yield from _blocks()
-    yield from _decode_attention()
+    yield from _decode_attention(tunes)
     yield from _prefill_attention(tunes)
 
 
@@ -196,19 +197,21 @@ def _paged(lengths: list[tuple[int, int]], layers: int) -> _Paged:
     return _Paged(build_batch(slices, PAGE), qkv, _pool(sum(counts), layers), tokens * KV_HEADS * HEAD_DIM * 4.0)
 
 
-def _decode_attention() -> Iterator[Case]:
+def _decode_attention(tunes: bool) -> Iterator[Case]:
     mixed = [(1, 200 + 37 * index % 3000) for index in range(63)] + [(1, 16_384)]
     loads = {"1 x 1k": [(1, 1024)], "1 x 8k": [(1, 8192)], "1 x 64k": [(1, 65_536)], "16 x 1k": [(1, 1024)] * 16}
     loads |= {"64 x 1k": [(1, 1024)] * 64, "256 x 1k": [(1, 1024)] * 256, "64 mixed": mixed, "16 x 1k, 4 new": [(4, 1024)] * 16}
     for name, lengths in loads.items():
         layers = _copies(sum(total for _, total in lengths) * KV_HEADS * HEAD_DIM * 4)
-        case, attention = _paged(lengths, layers), PagedAttention()
-        tiles = case.tiles(attention.tile_tokens)
-        calls: list[Call] = [partial(attention, case.qkv, tiles, case.pool, layer) for layer in range(layers)]
+        case = _paged(lengths, layers)
         equal = len(set(lengths)) == 1 and lengths[0][0] == 1
-        yield Case(
-            f"paged_attention {name}", calls, case.kv_bytes, 0, _torch_decode(*lengths[0], len(lengths), layers) if equal else None
-        )
+        torch_calls = _torch_decode(*lengths[0], len(lengths), layers) if equal else None
+        for stretch in STRETCHES if tunes else [Stretch()]:
+            attention = PagedAttention(stretch)
+            tiles = case.tiles(attention.tile_tokens)
+            calls: list[Call] = [partial(attention, case.qkv, tiles, case.pool, layer) for layer in range(layers)]
+            detail = f" [{stretch.tokens} warps {stretch.num_warps} stages {stretch.num_stages}]" if tunes else ""
+            yield Case(f"paged_attention {name}{detail}", calls, case.kv_bytes, 0, torch_calls)
 
 
 def _torch_decode(new: int, total: int, batch: int, layers: int) -> list[Call]:

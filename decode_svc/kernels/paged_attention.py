@@ -10,6 +10,7 @@ launch. Lengths may differ within a batch. Source: Dao et al., Flash-Decoding, 2
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,6 +22,15 @@ _PROGRAMS = 528
 """Programs that fill a chip of 132 multiprocessors four times over."""
 _REDUCED_VALUES = 8192
 """Partial results that the adding program holds at a time: 64 registers a thread."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a program takes at a time: context tokens, warps, loads in flight."""
+
+    tokens: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 @triton.jit
@@ -38,12 +48,15 @@ def _paged_attention_kernel(
     active = tl.minimum(SPLITS, tl.cdiv(length, least_tokens))
     span = tl.cdiv(tl.cdiv(length, tl.maximum(active, 1)), TOKENS) * TOKENS
     active = tl.cdiv(length, tl.maximum(span, 1))
-    if (count == 0) | (split >= active):
-        return
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     tokens, heads = rows // GROUP, head * GROUP + rows % GROUP
     asked, real = tokens < count, columns < HEAD_DIM
     first_row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+    if (count == 0) | (split >= active):
+        if (count == 0) & (split == 0):
+            padding = out_ptr + first_row * out_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+            tl.store(padding, tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty), mask=(rows < GROUP)[:, None] & real[None, :])
+        return
     pages_ptr = block_ids_ptr + tl.load(block_starts_ptr + tl.load(tile_sequences_ptr + tile))
     query = tl.load(
         qkv_ptr + (first_row + tokens)[:, None] * qkv_stride + heads[:, None] * HEAD_DIM + columns[None, :],
@@ -125,7 +138,8 @@ class PagedAttention:
     tile_tokens = 16
     """New tokens of a sequence that one program takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, stretch: Stretch | None = None) -> None:
+        self._stretch = stretch or Stretch()
         self._partial = torch.empty(0)
         self._weights = torch.empty(0)
         self._counters = torch.empty(0, dtype=torch.int32)
@@ -140,14 +154,16 @@ class PagedAttention:
         kept = triton.next_power_of_2(group * tiles.max_count)
         columns = triton.next_power_of_2(head_dim)
         self._reserve(tiles.num_tiles * num_kv_heads, splits * kept, columns, qkv.device)
-        view = pool[:, layer]
+        view, stretch = pool[:, layer], self._stretch
         _paged_attention_kernel[(tiles.num_tiles, num_kv_heads, splits)](
             qkv, view, out, self._partial, self._weights, self._counters,
             tiles.sequences, tiles.rows, tiles.counts, tiles.positions, tiles.block_starts, tiles.block_ids,
             qkv.stride(0), out.stride(0), view.stride(0), view.stride(1), view.stride(2),
             math.log2(math.e) / math.sqrt(head_dim), least_tokens,
-            GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, PAGE=page, ROWS=max(16, kept), KEPT=kept, TOKENS=64, SPLITS=splits,
-            CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=3, num_warps=4 if kept <= 64 else 8,
+            GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, PAGE=page, ROWS=max(16, kept), KEPT=kept, TOKENS=stretch.tokens,
+            SPLITS=splits,
+            CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=stretch.num_stages,
+            num_warps=stretch.num_warps if kept <= 64 else 8,
         )  # fmt: skip
         return out
 

@@ -16,7 +16,7 @@ from llm.batch import Batch, Integers
 from llm.gpu.device_batch import DeviceBatch, make_device_batch, pack
 
 _PADDING = {"sources": -1, "row_blocks": -1}
-"""A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens."""
+"""A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens, and the result is 0."""
 _FIXED = (
     "token_ids", "sources", "positions", "row_blocks", "row_offsets", "logits_rows",
     "tile_sequences", "tile_rows", "tile_counts", "tile_positions", "block_starts",
@@ -46,7 +46,7 @@ class GraphInputs:
         """One copy from pinned memory; it waits for nothing and is ordered before what is launched next."""
         fixed = np.zeros((len(_FIXED), self._stride), np.int32)
         for index, name in enumerate(_FIXED):
-            fixed[index] = _PADDING.get(name, 0)
+            fixed[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
             fixed[index, : len(arrays[name])] = arrays[name]
         staged = pack([fixed.reshape(-1), arrays["block_ids"]], self._device)
         self._memory[: staged.shape[0]].copy_(staged, non_blocking=True)

@@ -24,9 +24,13 @@ class Shape:
     """How the work is cut: new tokens of a tile, context tokens at a time, warps, loads in flight."""
 
     rows: int = 128
-    tokens: int = 64
+    tokens: int = 128
     num_warps: int = 8
-    num_stages: int = 3
+    num_stages: int = 2
+
+
+_SMALL = Shape(64, 64, 4, 3)
+"""Where no chunk has more tokens than half a tile: half the warps, and a step that still fits their registers."""
 
 
 @triton.jit
@@ -111,12 +115,12 @@ class ChunkAttention:
         num_kv_heads, page, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-        view, shape = pool[:, layer], self._shape
-        rows = max(16, min(shape.rows, triton.next_power_of_2(tiles.max_count)))
+        view, rows = pool[:, layer], max(16, min(self._shape.rows, triton.next_power_of_2(tiles.max_count)))
+        shape = self._shape if rows == self._shape.rows else _SMALL
         _chunk_attention_kernel[(num_heads, tiles.num_tiles)](
             qkv, view, out, tiles.sequences, tiles.rows, tiles.counts, tiles.positions, tiles.block_starts, tiles.block_ids,
             qkv.stride(0), out.stride(0), view.stride(0), view.stride(1), view.stride(2), math.log2(math.e) / math.sqrt(head_dim),
             GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, COLUMNS=triton.next_power_of_2(head_dim), PAGE=page, ROWS=rows,
-            TOKENS=shape.tokens, STAGES=shape.num_stages, num_warps=shape.num_warps if rows >= 128 else 4,
+            TOKENS=shape.tokens, STAGES=shape.num_stages, num_warps=shape.num_warps,
         )  # fmt: skip
         return out

@@ -55,4 +55,5 @@ def test_a_padded_batch_attends_and_writes_like_its_rows(device):
             expected_pool[block, 0, 1, :, offset] = qkv[row, 6 * 16 :].view(2, 16)
         assert torch.equal(pool, expected_pool)
         out = paged.PagedAttention()(qkv, padded.tiles, pool, 0)
+        assert not out[len(starts) :].any()
         assert relative_error(out[: len(starts)], reference(qkv[: len(starts)], batch, pool, 0)) < 1e-5

@@ -51,6 +51,7 @@ def parameters_of(rows, device):
 @pytest.mark.parametrize("width", [37, 5000])
 def test_draws_what_the_host_draws(device, width):
     rows = [SampleRow(params, [1] * position, 1) for params, position in zip(PARAMETERS, (3, 9, 4, 5, 1, 2, 8, 7), strict=True)]
+    rows = rows if width < 100 else rows[-2:]
     logits = 3 * torch.randn(len(rows), width, device=device)
     out = torch.full((len(rows),), -1, dtype=torch.int32, device=device)
     draw.draw(logits, parameters_of(rows, device), out)

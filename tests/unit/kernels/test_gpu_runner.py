@@ -55,11 +55,11 @@ def make_pool(config, device):
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 70}
 
 
-@pytest.fixture(params=["llama", "with Qwen's biases and head norms"])
+@pytest.fixture(params=["llama", "llama of one layer", "with Qwen's biases and head norms"])
 def config(request):
     config = load_model_config("random", None, {**RANDOM_MODELS["tiny"], **SMALL})
-    qwen = request.param != "llama"
-    return replace(config, attention_bias=qwen, qk_norm=qwen)
+    qwen = "Qwen" in request.param
+    return replace(config, attention_bias=qwen, qk_norm=qwen, num_layers=1 if "one layer" in request.param else 2)
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ PROMPTS = [SequenceSlice(list(range(3, 19)), 0, [5, 2]), SequenceSlice([9, 8, 7]
 LATER = [SequenceSlice([40, 41], 16, [5, 2], "all"), SequenceSlice([30], 3, [0])]
 
 
+@pytest.mark.parametrize("config", ["llama", "with Qwen's biases and head norms"], indirect=True)
 @pytest.mark.parametrize("attention", [chunks.ChunkAttention(chunks.Shape(16, 16, 4)), paged.PagedAttention()], ids=type)
 def test_chunks_then_tokens_give_the_reference_logits(config, tensors, reference, device, attention):
     """The first call has too many rows for the kernels of few rows, the second has few."""
@@ -93,11 +94,71 @@ def test_chunks_then_tokens_give_the_reference_logits(config, tensors, reference
         assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-5
 
 
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
 def test_no_rows_wanted_gives_no_rows(config, tensors, device):
     runner = make_runner(config, tensors, device, paged.PagedAttention())
     assert runner.forward([SequenceSlice([1, 2, 3], 0, [0], "none")]).shape == (0, config.vocab_size)
 
 
+class FakeGraph:
+    """Replays by running the step again into the same logits."""
+
+    current = None
+
+    def __init__(self):
+        self.again = None
+
+    def __enter__(self):
+        FakeGraph.current = self
+
+    def __exit__(self, *exception):
+        FakeGraph.current = None
+
+    def replay(self):
+        self.again()
+
+
+def record(step):
+    """`step`, which a graph that is being captured remembers."""
+
+    def recorded(batch):
+        logits = step(batch)
+        if FakeGraph.current is not None:
+            FakeGraph.current.again = lambda: logits.copy_(step(batch))
+            logits.fill_(torch.nan)
+        return logits
+
+    return recorded
+
+
+@pytest.fixture
+def without_device(monkeypatch):
+    """Lets graphs be captured where there is no device to capture them on."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu captures real graphs")
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
+def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, reference, device, without_device, monkeypatch):
+    monkeypatch.setattr(runners, "bucket_sizes", lambda largest: (largest,))
+    runner = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=4)
+    runner._step = record(runner._step)
+    reports = []
+    runner._capture(lambda fraction, text: reports.append(text))
+    assert [text.split()[3] for text in reports] == ["4"]
+    prompts = [SequenceSlice([4, 5], 0, [3 * i, 3 * i + 1]) for i in range(3)]
+    for each in (runner, reference):
+        each.forward(prompts)
+    slices = [SequenceSlice([10 + i], 2, prompts[i].block_ids) for i in range(3)]
+    expected = reference.forward(slices)
+    assert relative_error(runner.forward(slices), expected) < 1e-5
+    assert runner._drawn[:3].tolist() == expected.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
 def test_steps_follow_each_other_without_the_host_seeing_tokens(config, tensors, reference, device):
     """Rows change places between steps, and one row is sampled; the tokens are those that the host would have drawn."""
     runner = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=4)
