@@ -18,7 +18,7 @@ from llm.config import ModelConfig, load_model_config
 from llm.format_choice import FormatChoice, choose_format
 from llm.gpu.settings import GpuSettings
 from llm.model import Model
-from llm.ops.operations import Operations, TorchOperations
+from llm.ops.operations import HostOperations, TorchOperations
 from llm.weights import ModelFiles, Progress, WeightRequest, load_tensors
 from llm.weights_file import lock_file
 
@@ -55,14 +55,16 @@ class Pool(Protocol):
 class ModelRunner:
     """One model on one device. Not thread-safe: one engine thread owns it."""
 
-    def __init__(self, model: Model, settings: RunnerSettings, choice: FormatChoice, progress: Progress) -> None:
+    def __init__(
+        self, model: Model, operations: HostOperations, settings: RunnerSettings, choice: FormatChoice, progress: Progress
+    ) -> None:
         self.config: ModelConfig = model.config
         self.weight_format: str = choice.dtype
         self.weight_format_reason: str = choice.reason
         """Why this format, for people."""
         self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
         """Follows the settings, not the measured choice: workers of one suite must agree on it."""
-        self._model, self._settings, self._progress = model, settings, progress
+        self._model, self._operations, self._settings, self._progress = model, operations, settings, progress
         self._pool: torch.Tensor | None = None
 
     @classmethod
@@ -77,7 +79,7 @@ class ModelRunner:
         operations = _choose_operations(settings)
         choice = _choose_format(config, settings, operations, report)
         request = WeightRequest(files, config, choice.dtype, settings.device, settings.cache_directory)
-        return cls(Model(config, load_tensors(request, report), operations), settings, choice, report)
+        return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
 
     @property
     def device_description(self) -> str:
@@ -95,7 +97,9 @@ class ModelRunner:
         Returns float32 logits [rows, vocab]: the rows that the slices ask for, in order of slices and positions.
         """
         assert self._pool is not None, "attach a pool first"
-        return self._model.forward(build_batch(slices, self._pool.shape[4]), self._pool)
+        batch = build_batch(slices, self._pool.shape[4])
+        with self._operations.step(batch):
+            return self._model.forward(batch, self._pool)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles kernels and touches the weights. Overwrites the pool's first blocks: call it before any is handed out."""
@@ -118,19 +122,18 @@ def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int) ->
     return [[single] * count for count in (1, 2, 3)] + [[chunk] for chunk in chunks]
 
 
-def _choose_operations(settings: RunnerSettings) -> Operations:
+def _choose_operations(settings: RunnerSettings) -> HostOperations:
     """Compiled kernels where they can be had, the references elsewhere."""
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     if settings.device != "cpu" or importlib.util.find_spec("numba") is None:
         return TorchOperations()
-    from llm.ops.cpu.operations import CpuOperations, set_threads
+    from llm.ops.cpu.operations import CpuOperations
 
-    set_threads(threads)
     return CpuOperations(threads)
 
 
-def _choose_format(config: ModelConfig, settings: RunnerSettings, operations: Operations, progress: Progress) -> FormatChoice:
+def _choose_format(config: ModelConfig, settings: RunnerSettings, operations: HostOperations, progress: Progress) -> FormatChoice:
     if settings.dtype != "auto":
         return FormatChoice(settings.dtype, "set by --dtype")
     if settings.device != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -38,6 +39,14 @@ class Operations(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
 
+class HostOperations(Operations, Protocol):
+    """Operations that the host computes, or orders one by one."""
+
+    def step(self, batch: Batch) -> AbstractContextManager[None]:
+        """Wraps one forward pass."""
+        ...
+
+
 class TorchOperations:
     """The references. They run wherever torch does, and serve where nothing faster is installed."""
 
@@ -47,6 +56,9 @@ class TorchOperations:
     rotate_and_write = staticmethod(rotate_and_write)
     attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)
+
+    def step(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
         return TorchLinear(weight, bias)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +13,7 @@ from llm.batch import Batch
 from llm.ops.attention import paged_attention
 from llm.ops.cpu import attention, elementwise, linear
 from llm.ops.cpu.decode_plan import DecodePlan
+from llm.ops.cpu.threads import Threads
 from llm.ops.linear import Linear
 from llm.ops.rms_norm import head_norm
 from llm.ops.rope import Rotation
@@ -60,7 +61,7 @@ class Workspace:
 class CpuLinear:
     """Few rows go through our kernels; many through torch, over weights widened into scratch memory."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, workspace: Workspace | None, threads: int) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, workspace: Workspace | None, threads: Threads) -> None:
         self._weight, self._bias, self._workspace, self._threads = weight, bias, workspace, threads
         self._array = array_of(weight)
         self._scratch = workspace or Workspace()
@@ -70,7 +71,7 @@ class CpuLinear:
         out = torch.empty(rows, size) if self._workspace is None else self._workspace.take("linear", rows, size)
         if rows <= _KERNEL_ROWS:
             kernel = linear.multiply_one if rows == 1 else linear.multiply_two if rows == 2 else linear.multiply_some
-            kernel(x.numpy(), self._array, out.numpy(), self._threads)
+            kernel(x.numpy(), self._array, out.numpy(), self._threads.count)
         else:
             torch.mm(x, self._wide().t(), out=out)
         return out if self._bias is None else out.add_(self._bias)
@@ -85,9 +86,12 @@ class CpuOperations:
     """One engine thread's operations, with the memory that they share. Results last until the same operation runs again."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
+        self._threads = Threads(threads)
         self._workspace = Workspace()
         self._plan: DecodePlan | None = None
+
+    def step(self, batch: Batch) -> AbstractContextManager[None]:
+        return self._threads.step(len(batch.positions))
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
         return CpuLinear(weight, bias, None if lasting else self._workspace, self._threads)
@@ -136,10 +140,10 @@ class CpuOperations:
 
     def _decode(self, queries: Array, results: Array, batch: Batch, pool: torch.Tensor, layer: int) -> None:
         if self._plan is None or self._plan.batch is not batch:
-            self._plan = DecodePlan(batch, pool.shape[3], pool.shape[4], self._threads)
+            self._plan = DecodePlan(batch, pool.shape[3], pool.shape[4], self._threads.count)
         plan, size, group = self._plan, pool.shape[5], results.shape[1] // pool.shape[3]
-        scores = self._workspace.take("decode_scores", self._threads, 3, plan.split_tokens + 4).numpy()
-        sums = self._workspace.take("decode_sums", self._threads, 3, size).numpy()
+        scores = self._workspace.take("decode_scores", self._threads.count, 3, plan.split_tokens + 4).numpy()
+        sums = self._workspace.take("decode_sums", self._threads.count, 3, size).numpy()
         partial = self._workspace.take("partial", plan.num_partial, group, size + 2).numpy()
         attention.decode_splits(queries, array_of(pool), layer, plan.tasks, batch.block_ids, scores, sums, partial)
         attention.combine_splits(partial, plan.places, plan.rows, pool.shape[3], results)
@@ -153,15 +157,9 @@ class CpuOperations:
         return keys, values
 
     def _attend(self, queries: Array, results: Array, keys: Array, values: Array, length: int) -> None:
-        scratch = self._workspace.take("chunk", self._threads, 2, attention.TILE_ROWS, values.shape[2]).numpy()
-        scores = self._workspace.take("chunk_scores", self._threads, attention.TILE_ROWS, values.shape[1]).numpy()
+        scratch = self._workspace.take("chunk", self._threads.count, 2, attention.TILE_ROWS, values.shape[2]).numpy()
+        scores = self._workspace.take("chunk_scores", self._threads.count, attention.TILE_ROWS, values.shape[1]).numpy()
         attention.attend_chunk(queries, length - len(queries), keys, values, scratch, scores, results)
 
     def _choose(self, kernels: tuple[Any, Any], values: torch.Tensor) -> Any:
-        return kernels[values.numel() >= _SMALL and self._threads > 1]
-
-
-def set_threads(threads: int) -> None:
-    """For the kernels and for torch. NUMBA_NUM_THREADS, read at import, is the upper limit for the kernels."""
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        return kernels[values.numel() >= _SMALL and self._threads.count > 1]

@@ -9,7 +9,8 @@ pytest.importorskip("numba")
 
 from llm.batch import Batch, SequenceSlice, build_batch
 from llm.ops.attention import paged_attention
-from llm.ops.cpu.operations import CpuOperations, set_threads
+from llm.ops.cpu.operations import CpuOperations
+from llm.ops.cpu.threads import Threads
 from llm.ops.linear import TorchLinear
 from llm.ops.operations import TorchOperations
 from llm.ops.rope import make_rotation
@@ -25,7 +26,6 @@ def seeded() -> None:
 
 @pytest.fixture(params=[1, 2])
 def operations(request: pytest.FixtureRequest) -> CpuOperations:
-    set_threads(request.param)
     return CpuOperations(request.param)
 
 
@@ -176,3 +176,29 @@ def test_scores_far_apart_do_not_overflow(operations: CpuOperations) -> None:
     batch = build_batch([SequenceSlice([1], 40, [0, 1, 2])], 16)
     pool, qkv = 100 * torch.randn(3, 1, 2, 1, 16, 16), 100 * torch.randn(1, 48)
     close(operations.attention(qkv, batch, pool, 0), paged_attention(qkv, batch, pool, 0), 1e-4)
+
+
+def test_a_crowded_machine_gets_steps_of_one_thread() -> None:
+    threads = Threads(2)
+
+    def count(num_rows: int) -> int:
+        with threads.step(num_rows):
+            return threads.count
+
+    threads.observe(wall_s=0.1, own_s=0.02)
+    threads.observe(wall_s=0.02, own_s=0.02)
+    threads.observe(wall_s=0.1, own_s=0.02)
+    assert (threads.count, count(500)) == (2, 2)
+    threads.observe(wall_s=0.1, own_s=0.02)
+    assert [count(1), count(500), count(16)] == [1, 2, 1]
+    for _ in range(30):
+        count(1)
+    assert count(1) == 2
+
+
+def test_one_thread_has_no_crowd() -> None:
+    threads = Threads(1)
+    for _ in range(5):
+        threads.observe(wall_s=1.0, own_s=0.1)
+    with threads.step(1):
+        assert threads.count == 1
