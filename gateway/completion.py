@@ -1,5 +1,6 @@
 """A completion as it grows: tokens in, text out, until something ends it."""
 
+import asyncio
 from collections.abc import Sequence
 
 from gateway.detokenizer import Detokenizer, TokenBytes
@@ -19,6 +20,7 @@ class Completion:
         self._pending = pending
         self._prompt: tuple[Token, ...] | None = None
         self.token_ids: list[int] = []
+        self._end_reached = asyncio.Event()
         self.finished: FinishReason | None = None
 
     @property
@@ -34,6 +36,10 @@ class Completion:
         """The prompt goes out with the next output."""
         self._prompt = tuple(logprobs)
 
+    async def wait_finished(self) -> None:
+        """Returns once something has ended the completion."""
+        await self._end_reached.wait()
+
     async def room(self) -> None:
         """Returns once the client has taken enough of what is there."""
         await self._pending.room()
@@ -48,6 +54,8 @@ class Completion:
                 output.tokens.append(token)
                 output.text += self._text_of(token.token_id)
         self._pending.add(output)
+        if self.finished is not None:
+            self._end_reached.set()
 
     def _text_of(self, token_id: int) -> str:
         self.token_ids.append(token_id)

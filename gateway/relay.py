@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 1.0
 # A ticket that the worker has sent already is here by then.
 TICKET_UNDER_WAY_S = 0.1
+# How long a finished completion waits for workers to say where their time went; they do so at once unless they are stuck.
+LAST_WORDS_S = 0.5
 
 # A decode worker that says one of these before it has reserved blocks leaves the ticket as it was.
 _REFUSALS = frozenset({Reason.QUEUE_FULL, Reason.KV_BLOCKS_EXHAUSTED, Reason.DRAINING, Reason.LOADING})
@@ -111,18 +113,30 @@ class _Attempt:
         self._handoff: Handoff | None = None
 
     async def run(self) -> Ending:
-        """The first leg to fail ends the other; so does the completion's end."""
-        prefill = asyncio.create_task(self._prefill())
-        running = {prefill} if self._first_token_only else {prefill, asyncio.create_task(self._decode())}
-        legs = list(running)
+        """The first leg to fail ends the other; so does the completion's end, after which no leg can fail it any more."""
+        legs = [asyncio.create_task(self._prefill())]
+        if not self._first_token_only:
+            legs.append(asyncio.create_task(self._decode()))
         try:
-            while running and not (prefill.done() and self._completion.finished):
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for leg in done:
-                    leg.result()
+            await self._until_finished(legs)
+            # Only timings are still to come, and those of a decode leg that has not begun are of no interest.
+            await asyncio.wait(legs[:1] if self._handoff is None else legs, timeout=LAST_WORDS_S)
             return self._ending()
         finally:
             await see_through(self._end(*legs))
+
+    async def _until_finished(self, legs: Sequence[asyncio.Task[None]]) -> None:
+        finishing = asyncio.create_task(self._completion.wait_finished())
+        running = set(legs)
+        try:
+            while running and self._completion.finished is None:
+                done, _ = await asyncio.wait({finishing, *running}, return_when=asyncio.FIRST_COMPLETED)
+                running -= done
+                if self._completion.finished is None:
+                    for leg in done:
+                        leg.result()
+        finally:
+            await cancel_and_wait(finishing)
 
     async def _end(self, prefill: asyncio.Task[None], *decode: asyncio.Task[None]) -> None:
         """Ends both legs. A quick prefill may be over before its ticket is here, and its blocks would wait for the lease to end."""

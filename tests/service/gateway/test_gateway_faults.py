@@ -182,6 +182,29 @@ async def test_a_prefill_worker_lost_after_the_first_token_harms_nobody(suite: S
     assert len(answer.token_ids) == 5
 
 
+@pytest.mark.parametrize(("kind", "phase"), [("prefill", "done"), ("decode", "end")])
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_worker_stuck_or_lost_after_its_last_token_harms_nobody(suite: Suite, kind: str, phase: str, dies: bool) -> None:
+    worker = suite.prefill if kind == "prefill" else suite.decode
+    worker.gates.close(phase)
+    answering = asyncio.create_task(suite.generate(text="hello", timeout=5, stopping={"max_tokens": 3}))
+    await worker.gates.reached(phase)
+    await suite.decode.gates.reached("end")
+    if dies:
+        await worker.kill()
+    answer = await answering
+    assert answer.error is None
+    assert len(answer.token_ids) == answer.finished.usage.completion_tokens == 3
+    await suite.until(lambda: not worker.book.running and suite.gateway.num_running == 0)
+
+
+async def test_a_prefill_worker_stuck_after_the_only_token_harms_nobody(suite: Suite) -> None:
+    suite.prefill.gates.close("done")
+    answer = await suite.generate(text="hello", timeout=5, stopping={"max_tokens": 1})
+    assert answer.error is None
+    assert answer.finished.usage.completion_tokens == 1
+
+
 async def test_without_workers_requests_fail_fast_and_the_gateway_is_not_ready(suite: Suite) -> None:
     assert suite.gateway.server.ready
     await suite.decode.kill()
