@@ -2,6 +2,7 @@
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, TransportOffer
+from kvtransfer.transports.tcp_frames import MAX_TEXT_BYTES
 from llm.kv.layout import KvDtype, KvLayout
 from tandem.errors import Reason, TandemError, invalid_field
 from tandem.worker.v1 import kv_pb2
@@ -64,6 +65,8 @@ def ticket_from_proto(message: kv_pb2.KvTicket) -> KvTicket:
     for name in ("ticket_id", "producer_id", "address", "num_tokens"):
         if not getattr(message, name):
             raise invalid_field(f"ticket.{name}", "must be set")
+    if len(message.ticket_id.encode()) > MAX_TEXT_BYTES:
+        raise invalid_field("ticket.ticket_id", f"has more than {MAX_TEXT_BYTES} bytes")
     if message.checksum_algorithm != kv_pb2.CHECKSUM_ALGORITHM_XXH3_64:
         raise TandemError(Reason.KV_LAYOUT_MISMATCH, f"checksum algorithm {message.checksum_algorithm} is not known here")
     offers = (_offer_from_proto(offer) for offer in message.offers)

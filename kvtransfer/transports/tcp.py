@@ -50,7 +50,7 @@ class TcpClient:
             return self._take_idle() or await Connection.open(host, port, STALL_S)
         except TimeoutError as error:
             raise StalledPullError(f"{host}:{port} does not answer") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
             raise InterruptedPullError(f"no connection to {host}:{port}: {error}") from error
 
     def _take_idle(self) -> Connection | None:

@@ -7,7 +7,7 @@ import pytest
 
 from tandem.api.v1 import generation_pb2
 from tandem.errors import Reason, from_rpc_error
-from tandem.worker.v1 import decode_pb2, prefill_pb2
+from tandem.worker.v1 import decode_pb2, kv_pb2, prefill_pb2
 from tests.fakes.runner import CONTEXT_TOKENS, VOCABULARY_SIZE, completion
 from tests.service.workers.harness import (
     Node,
@@ -66,6 +66,15 @@ TICKETS: dict[str, dict[str, Any]] = {
     "no address": {"address": ""},
     "layout of nothing": {"layout": None},
     "no checksum": {"checksum_algorithm": 0},
+    "a ticket id longer than any frame": {"ticket_id": "x" * 100_000},
+}
+UNREACHABLE: dict[str, tuple[str, int]] = {
+    "host too long": ("a" * 300, 5),
+    "host with an empty part": ("a..b", 5),
+    "host with a NUL": ("a\0b", 5),
+    "host empty": ("", 5),
+    "port 0": ("127.0.0.1", 0),
+    "port too high": ("127.0.0.1", 99_999),
 }
 REFUSALS = {
     Reason.INVALID_REQUEST,
@@ -126,6 +135,18 @@ async def test_decode_refuses_tickets_that_contradict_themselves() -> None:
             assert await refusal(open_decode(nodes.decode, bad)) in REFUSALS, name
             call.cancel()
         assert await refusal(open_decode(nodes.decode, changed(request, {"ticket": None}))) in REFUSALS
+        await nodes.decode.wait_idle()
+        assert (await generate(nodes, prefill_request(PROMPT)))[0] == completion(PROMPT, 8)
+
+
+async def test_offers_that_lead_nowhere_cut_one_request_only() -> None:
+    async with pair() as nodes:
+        for name, (host, port) in UNREACHABLE.items():
+            request, call = await _prefilled(nodes.prefill)
+            offer = kv_pb2.TransportOffer(tcp=kv_pb2.TcpOffer(host=host, port=port))
+            bad = changed(request, {"ticket": changed(request.ticket, {"offers": [offer]})})
+            assert await refusal(open_decode(nodes.decode, bad)) is Reason.TRANSFER_INTERRUPTED, name
+            call.cancel()
         await nodes.decode.wait_idle()
         assert (await generate(nodes, prefill_request(PROMPT)))[0] == completion(PROMPT, 8)
 
