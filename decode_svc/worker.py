@@ -13,6 +13,7 @@ from kvtransfer.wire import layout_to_proto
 from llm.errors import UnsupportedModelError, WeightsError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
+from tandem.addresses import target
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier
@@ -84,8 +85,9 @@ class DecodeWorker:
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
-        logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
-        return f"{self._settings.server.host}:{port}"
+        address = target(self._settings.server.host, port)
+        logger.info("serving on %s, %s", address, self._loaded.runner.device_description)
+        return address
 
     async def run_until_stopped(self) -> None:
         """Returns after an ordered shutdown; raises what broke the engine."""

@@ -15,7 +15,7 @@ from prefill_svc.batcher import BatcherLimits, PrefillBatcher
 from prefill_svc.engine import PrefillEngine
 from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
-from tandem.addresses import advertised_host, free_port
+from tandem.addresses import advertised_host, free_port, target
 from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier
 from tandem.logs import LoadLog
@@ -82,8 +82,9 @@ class PrefillWorker:
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
-        logger.info("serving on %s:%d, %s", self._settings.server.host, port, self._loaded.runner.device_description)
-        return f"{self._settings.server.host}:{port}"
+        address = target(self._settings.server.host, port)
+        logger.info("serving on %s, %s", address, self._loaded.runner.device_description)
+        return address
 
     async def run_until_stopped(self) -> None:
         """Returns after an ordered shutdown; raises what broke the engine."""
@@ -98,7 +99,7 @@ class PrefillWorker:
     def _make_producer(self, files: ModelFiles) -> KvProducer:
         transfer, server = self._settings.transfer, self._settings.server
         host = advertised_host(server.host, transfer.advertised_host)
-        identity = ProducerIdentity(uuid.uuid4().hex, files.digest, files.tokenizer_digest, f"{host}:{server.port}")
+        identity = ProducerIdentity(uuid.uuid4().hex, files.digest, files.tokenizer_digest, target(host, server.port))
         return KvProducer(
             self._loaded.pool,
             identity,

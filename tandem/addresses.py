@@ -7,8 +7,14 @@ _WILDCARDS = ("0.0.0.0", "::", "[::]")
 
 def free_port(host: str) -> int:
     """A port that nobody listens on right now."""
-    with socket.create_server((host, 0)) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
         return int(listener.getsockname()[1])
+
+
+def target(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address, whose last part would else be read as a port."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def advertised_host(bound_host: str, configured: str = "") -> str:
