@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,6 +23,7 @@ from llm.weights_plan import plan_tensors
 _ROWS = {"prefill": (256,), "decode": (1, 16)}
 _SAMPLE_BYTES = 96 << 20
 """Float32 bytes of weights to measure with: more than caches hold, so that memory counts as it will."""
+_WEIGHT_DTYPES: Mapping[str, WeightDtype] = {"float32": "float32", "bfloat16": "bfloat16"}
 _REPEATS = 3
 _MARGIN = 1.1
 """float32 must be this much faster to be chosen: bfloat16 halves memory, and two workers of one format share its pages."""
@@ -28,6 +35,32 @@ class FormatChoice:
 
     dtype: WeightDtype
     reason: str
+
+
+def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> FormatChoice:
+    """The choice that `path` holds, else a measured one, which it holds from then on: workers of one machine agree, and start sooner.
+
+    A file that cannot be read is measured again and replaced.
+    """
+    try:
+        known = json.loads(path.read_text())
+        return FormatChoice(_WEIGHT_DTYPES[known["dtype"]], str(known["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        choice = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps({"dtype": choice.dtype, "reason": choice.reason}))
+    written.replace(path)
+    return choice
+
+
+def machine_name(threads: int) -> str:
+    """Names what a measurement depends on beside the model: processor, threads and torch's version."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), processor)
+    return hashlib.sha256(f"{processor} {threads} {torch.__version__}".encode()).hexdigest()[:16]
 
 
 def choose_format(config: ModelConfig, role: str, operations: Operations) -> FormatChoice:

@@ -15,7 +15,7 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
-from llm.format_choice import FormatChoice, choose_format
+from llm.format_choice import FormatChoice, choose_format, machine_name, remembered_choice
 from llm.gpu.settings import GpuSettings
 from llm.model import Model
 from llm.ops.operations import HostOperations, TorchOperations
@@ -77,7 +77,7 @@ class ModelRunner:
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
         operations = _choose_operations(settings)
-        choice = _choose_format(config, settings, operations, report)
+        choice = _choose_format(files, config, settings, operations, report)
         request = WeightRequest(files, config, choice.dtype, settings.device, settings.cache_directory)
         return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
 
@@ -133,14 +133,18 @@ def _choose_operations(settings: RunnerSettings) -> HostOperations:
     return CpuOperations(threads)
 
 
-def _choose_format(config: ModelConfig, settings: RunnerSettings, operations: HostOperations, progress: Progress) -> FormatChoice:
+def _choose_format(
+    files: ModelFiles, config: ModelConfig, settings: RunnerSettings, operations: HostOperations, progress: Progress
+) -> FormatChoice:
     if settings.dtype != "auto":
         return FormatChoice(settings.dtype, "set by --dtype")
     if settings.device != "cpu":
         return FormatChoice("bfloat16", "the default of this device")
-    progress(0.0, "measuring weight formats")
+    progress(0.0, "choosing the weight format")
+    name = f"{settings.role}-{machine_name(torch.get_num_threads())}-{files.digest.replace(':', '-')[:40]}.json"
     with _compiling(settings, progress):
-        choice = choose_format(config, settings.role, operations)
+        path = settings.cache_directory / "formats" / name
+        choice = remembered_choice(path, lambda: choose_format(config, settings.role, operations))
     logger.info("%s weights: %s", choice.dtype, choice.reason)
     return choice
 
