@@ -38,9 +38,9 @@ class FormatChoice:
 
 
 def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> FormatChoice:
-    """The choice that `path` holds, else a measured one, which it holds from then on: workers of one machine agree, and start sooner.
+    """The choice that `path` holds, else a measured one, which it holds from then on.
 
-    A file that cannot be read is measured again and replaced.
+    So the workers of one machine agree, and start sooner. A file that cannot be read is measured again and replaced.
     """
     try:
         known = json.loads(path.read_text())
