@@ -97,8 +97,10 @@ def _paged_attention_kernel(
         return
     place = ((tile * tl.num_programs(1) + head) * SPLITS).to(tl.int64)
     mine = partial_ptr + (place + split) * KEPT * COLUMNS + rows[:, None] * COLUMNS + columns[None, :]
-    tl.store(mine, attended / tl.where(total == 0.0, 1.0, total)[:, None], mask=(rows < KEPT)[:, None])
-    tl.store(weights_ptr + (place + split) * KEPT + rows, highest + tl.log2(total), mask=rows < KEPT)
+    # Nothing of this stretch concerns a row whose total is 0: highest is -inf there, and so is its weight.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(mine, attended / divisor[:, None], mask=(rows < KEPT)[:, None])
+    tl.store(weights_ptr + (place + split) * KEPT + rows, highest + tl.log2(divisor), mask=rows < KEPT)
     # Every thread's part is stored before one of them announces it.
     tl.debug_barrier()
     counter = counters_ptr + tile * tl.num_programs(1) + head

@@ -1,5 +1,5 @@
 # ruff: noqa: PLR0917
-"""The forward pass for a few rows, in six launches a layer.
+"""The forward pass for a few rows, in six launches a layer (eight for more than one row).
 
 With few rows a step's time is that of reading the weights once, and what costs is every launch between two of those reads. So
 norms, residuals and SiLU are folded into the products, and angles are looked up in a table that was made at the start.

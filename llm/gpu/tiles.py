@@ -14,8 +14,8 @@ from llm.batch import Batch, Integers
 class Tiles:
     """`t` tiles, each of consecutive new tokens of one sequence; tensors of int32 on the device.
 
-    A tile's row i has position positions[tile] + i and attends to its sequence's tokens up to that. A tile of count 0 is padding: its
-    row is zeros.
+    A tile's row i has position positions[tile] + i and attends to its sequence's tokens up to that.
+    A tile of count 0 is padding: its row of results is zeros.
     """
 
     sequences: torch.Tensor

@@ -2,18 +2,20 @@
 # ruff: noqa: PLR0917
 """y = x W^T for few rows of x, with what stands before and after it in a decoder layer folded in.
 
-Before: RMSNorm of x, applied as a factor of the sums (they run over x * norm weight, and x^2 is summed beside them). After: a
-bias; a residual that the result is added to; or SiLU(gate) * up, for a W whose first half is gate. With few rows the time is that
-of reading W once, so W takes the wide side of the matrix unit (y^T = W x^T), and neither norms nor residuals cost a launch.
+Before: RMSNorm of x; for a single row as a factor of the sums (they run over x * norm weight, and x^2 is summed beside them), else
+in a launch of its own. After: a bias; a residual that the result is added to; or SiLU(gate) * up, for a W whose first half is gate.
+With few rows the time is that of reading W once, so W takes the wide side of the matrix unit: y^T = W x^T.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+
+from llm.ops.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
 """More rows than this belong to the library's matrix product."""
@@ -31,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Around:
-    """What is computed in the same launch. At most one of `residual` and `silu_mul`."""
+    """What is computed with it. At most one of `residual` and `silu_mul`."""
 
     norm: torch.Tensor | None = None
     """[d] weight of an RMSNorm that x passes first."""
@@ -51,6 +53,8 @@ def _skinny_kernel(
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """NORMS is for _vector_kernel: here it would cost each program more instructions than the product itself."""
+    tl.static_assert(not NORMS)
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inputs = tl.arange(0, INPUTS)
@@ -58,7 +62,6 @@ def _skinny_kernel(
     values = x_ptr + rows[None, :] * x_stride + inputs[:, None]
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     second = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
-    squares = tl.zeros((ROWS,), dtype=tl.float32)
     for start in tl.range(0, width, INPUTS, num_stages=STAGES):
         if EVEN:
             weight = tl.load(weights + start)
@@ -67,11 +70,6 @@ def _skinny_kernel(
             inside = start + inputs < width
             weight = tl.load(weights + start, mask=inside[None, :], other=0.0)
             x = tl.load(values + start, mask=(rows < num_rows)[None, :] & inside[:, None], other=0.0)
-        if NORMS:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            norm = tl.load(norm_ptr + start + inputs, mask=start + inputs < width, other=0.0).to(tl.float32)
-            x = (wide * norm[:, None]).to(weight.dtype)
         total = tl.dot(weight, x, total, input_precision="ieee")
         if SILU:
             if EVEN:
@@ -79,9 +77,6 @@ def _skinny_kernel(
             else:
                 up = tl.load(weights + height.to(tl.int64) * width + start, mask=inside[None, :], other=0.0)
             second = tl.dot(up, x, second, input_precision="ieee")
-    if NORMS:
-        scale = 1.0 / tl.sqrt(squares / width + eps)
-        total, second = total * scale[None, :], second * scale[None, :]
     if BIAS:
         total += tl.load(bias_ptr + outputs, mask=outputs < height, other=0.0).to(tl.float32)[:, None]
     if SILU:
@@ -148,6 +143,8 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     """
     around = around or Around()
     rows, width = x.shape
+    if around.norm is not None and rows > 1:
+        x, around = rms_norm(x, around.norm, around.eps), replace(around, norm=None)
     height = weight.shape[0] // (2 if around.silu_mul else 1)
     out = around.residual
     if out is None:

@@ -138,12 +138,12 @@ def without_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(runners, "bucket_sizes", lambda largest: (largest,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu captures real graphs")
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
-def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, reference, device, without_device, monkeypatch):
-    monkeypatch.setattr(runners, "bucket_sizes", lambda largest: (largest,))
+def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, reference, device, without_device):
     runner = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=4)
     runner._step = record(runner._step)
     reports = []

@@ -1,0 +1,164 @@
+"""What the compiler makes of each kernel for Hopper GPUs (sm_90): `python -m bench.kernel_resources`. Needs Triton, but no GPU.
+
+Registers, spills, shared memory and the instructions of the longest loop decide much of a kernel's speed before it is ever timed;
+and a kernel that the interpreter runs may still be one that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from decode_svc.kernels import paged_attention
+from llm.ops.gpu import argmax, block_copy, checksum, draw, embed, rms_norm, rope, silu_mul, skinny_linear
+from prefill_svc.kernels import chunk_attention
+
+_TARGET = GPUTarget("cuda", 90, 32)
+_TYPES = {
+    "x_ptr": "*bf16", "delta_ptr": "*bf16", "weight_ptr": "*bf16", "norm_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16",
+    "qkv_ptr": "*bf16", "pool_ptr": "*bf16", "gate_up_ptr": "*bf16", "table_ptr": "*bf16", "partial_ptr": "*fp32",
+    "weights_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "query_norm_ptr": "*fp32", "key_norm_ptr": "*fp32",
+    "logits_ptr": "*fp32", "temperatures_ptr": "*fp32", "top_ps_ptr": "*fp32", "min_ps_ptr": "*fp32", "uniforms_ptr": "*fp64",
+    "keys_ptr": "*i64", "data_ptr": "*i64", "sums_ptr": "*i64", "scale": "fp32", "eps": "fp32",
+}  # fmt: skip
+"""By parameter name; other pointers are to int32, other numbers int32."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with the constants of one use. Strides and widths are taken to be multiples of 16, as real models' are."""
+
+    name: str
+    kernel: Any
+    constants: Mapping[str, Any]
+    num_warps: int
+    types: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread and per block; spills are stack bytes of a thread."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loop: Counter[str]
+    """Instructions of the longest loop, by opcode."""
+
+
+def builds() -> Iterator[Build]:
+    """The shapes in use on Llama-3.1-8B, and candidates beside them."""
+    yield from _attention()
+    yield from _products()
+    yield Build("add_rms_norm", rms_norm._rms_norm_kernel, {"ADDS": True, "BLOCK": 4096}, 8, {"weight_ptr": "*fp32"})
+    yield Build("head_norm", rms_norm._head_norm_kernel, {"HEAD_DIM": 128, "BLOCK": 128}, 1)
+    yield Build("silu_mul", silu_mul._silu_mul_kernel, {"BLOCK": 2048}, 4)
+    yield Build("embed", embed._embed_kernel, {"BLOCK": 2048}, 4)
+    rotation = {"HALF": 64, "BLOCK_HALF": 64, "HEADS": 16, "LOOKS_UP": True}
+    yield Build("rotate_and_write", rope._rotate_and_write_kernel, rotation, 4)
+    yield Build("copy_blocks", block_copy._copy_blocks_kernel, {"FROM_IDS": True, "TO_IDS": True, "BLOCK": 4096}, 8)
+    tables = {"table_ptr": "*i64", "out_ptr": "*i64"}
+    yield Build("checksum, sums", checksum._sum_stretches_kernel, {"LAST_KEYS": 24}, 1, tables)
+    finish = {"SCRAMBLE_KEYS": 32, "MERGE_KEYS": 40, "STARTS": 48, "STAGES": 8}
+    yield Build("checksum, end", checksum._finish_kernel, finish, 1, tables)
+    yield Build("argmax", argmax._argmax_kernel, {"PARTS": 32, "BLOCK": 4096}, 8, {"out_ptr": "*i32"})
+    yield Build("draw", draw._draw_kernel, {"BLOCK": 4096, "ONE": 0x3F800000}, 16, {"out_ptr": "*i32"})
+
+
+def _attention() -> Iterator[Build]:
+    model = {"GROUP": 4, "HEAD_DIM": 128, "COLUMNS": 128, "PAGE": 16}
+    for rows, tokens, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (16, 64, 4, 3)):
+        constants = model | {"ROWS": rows, "TOKENS": tokens, "STAGES": stages}
+        yield Build(f"chunk_attention {rows}x{tokens}", chunk_attention._chunk_attention_kernel, constants, warps)
+    for kept, tokens, stages in ((4, 64, 3), (4, 64, 5), (4, 32, 4), (64, 64, 3)):
+        constants = model | {"ROWS": max(16, kept), "KEPT": kept, "TOKENS": tokens, "SPLITS": 8, "STAGES": stages}
+        chunk = {"CHUNK": max(1, min(8, 8192 // (kept * 128)))}
+        name = f"paged_attention {kept} rows, {tokens} tokens, {stages} stages"
+        yield Build(name, paged_attention._paged_attention_kernel, constants | chunk, 4)
+
+
+def _products() -> Iterator[Build]:
+    flags = {"BIAS": False, "EVEN": True, "ROWS": 16}
+    kinds = {"norm, silu": (True, False, True), "norm": (True, False, False), "residual": (False, True, False)}
+    for name, (norms, adds, silu) in kinds.items():
+        constants = flags | {"NORMS": norms, "ADDS": adds, "SILU": silu}
+        for rows, height, kernel in ((1, 4096, skinny_linear._vector_kernel), (16, 4096, skinny_linear._skinny_kernel)):
+            if norms and rows > 1:
+                constants = constants | {"NORMS": False}
+            tile = skinny_linear.choose_tile(rows, height)
+            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
+            yield Build(f"skinny {rows} rows, {name}", kernel, constants | sizes, tile.num_warps)
+
+
+def examine(build: Build) -> Resources:
+    """Compiles to machine code. Raises triton's CompilationError."""
+    names = build.kernel.arg_names
+    types = {name: _type_of(name, build) for name in names}
+    aligned = [name for name in names if types[name].startswith("*") or name in ("width", "height", "words") or "stride" in name]
+    source = ASTSource(
+        fn=build.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in build.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=_TARGET, options={"num_warps": build.num_warps})
+    usage, code = _disassemble(compiled.asm["cubin"])
+    used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return Resources(int(used["REG"]), int(used["STACK"]), compiled.metadata.shared, _longest_loop(code))
+
+
+def _type_of(name: str, build: Build) -> str:
+    if name in build.constants:
+        return "constexpr"
+    return build.types.get(name) or _TYPES.get(name) or ("*i32" if name.endswith("_ptr") else "i32")
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True) for flag in ("-res-usage", "-sass")
+        ]
+    return outputs[0].stdout, outputs[1].stdout
+
+
+def _longest_loop(code: str) -> Counter[str]:
+    """From the target of a backward branch to the branch."""
+    found = [(int(line[1], 16), line[2]) for line in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    index = {address: place for place, (address, _) in enumerate(found)}
+    longest: list[str] = []
+    for place, (address, text) in enumerate(found):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address and place - index[int(target[1], 16)] > len(longest):
+            longest = [words for _, words in found[index[int(target[1], 16)] : place + 1]]
+    return Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0] for text in longest)
+
+
+def main() -> None:
+    table = Table(title="kernels for sm_90")
+    for heading in ("kernel", "warps", "registers", "spilled bytes", "shared bytes", "loop", "of which"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "of which") else "right")
+    for build in builds():
+        found = examine(build)
+        shown = {code: found.loop[code] for code in ("HGMMA", "HMMA", "LDGSTS", "LDG", "BAR", "MUFU") if found.loop[code]}
+        numbers = (build.num_warps, found.registers, found.spill_bytes, found.shared_bytes, sum(found.loop.values()))
+        table.add_row(build.name, *map(str, numbers), " ".join(f"{code} {count}" for code, count in shown.items()))
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
