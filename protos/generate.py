@@ -16,7 +16,14 @@ def generate(output: Path) -> None:
     """Writes `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `output`."""
     well_known = Path(protoc.__file__).parent / "_proto"
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
-    arguments = ["protoc", f"-I{PROTOS}", f"-I{well_known}", f"--python_out={output}", f"--pyi_out={output}", f"--grpc_python_out={output}"]
+    arguments = [
+        "protoc",
+        f"-I{PROTOS}",
+        f"-I{well_known}",
+        f"--python_out={output}",
+        f"--pyi_out={output}",
+        f"--grpc_python_out={output}",
+    ]
     if protoc.main([*arguments, *sources]) != 0:
         raise SystemExit("protoc failed")
 
