@@ -1,13 +1,15 @@
 """What a worker says of its load while it changes, how it leaves, and what it gives back when others leave."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 
-from tandem.worker.v1 import decode_pb2, prefill_pb2, status_pb2, status_pb2_grpc
+from tandem.tracing import configure_tracing, recent_spans
+from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, status_pb2, status_pb2_grpc
 from tests.fakes.runner import completion
 from tests.service.workers.harness import (
     Node,
@@ -82,6 +84,41 @@ async def test_a_prompt_that_waits_for_blocks_is_served_before_the_worker_leaves
         prefill.worker.stop()
         assert await _decoded(nodes, decode_request(admitted, first)) == completion(PROMPT, 8)[1:]
         assert await _decoded(nodes, decode_request((await reading).admitted, second)) == completion(PROMPT[::-1], 8)[1:]
+
+
+async def test_a_stream_in_flight_is_finished_before_a_decode_worker_leaves() -> None:
+    async with node("prefill") as prefill, node("decode", grace_s=10.0) as decode:
+        request = prefill_request(PROMPT, max_tokens=20)
+        with held(decode) as entered:
+            admitted = await _prefilled(open_prefill(prefill, request))
+            tokens = asyncio.create_task(_decoded(Pair(prefill, decode), decode_request(admitted, request)))
+            await entered()
+            decode.worker.stop()
+        assert await tokens == completion(PROMPT, 20)[1:]
+        await decode.wait_idle()
+
+
+async def test_the_spans_of_a_request_follow_each_other_in_its_trace() -> None:
+    configure_tracing("tandem.test")
+    trace_id = uuid.uuid4().hex
+    metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+    async with pair() as nodes:
+        request = prefill_request(PROMPT)
+        call = prefill_pb2_grpc.PrefillServiceStub(nodes.prefill.channel).Prefill(request, metadata=metadata)
+        wanted = decode_request(await _prefilled(call), request)
+        async for _ in decode_pb2_grpc.DecodeServiceStub(nodes.decode.channel).Decode(wanted, metadata=metadata):
+            pass
+    spans = {span.name: (span.start_time.ToNanoseconds(), span.end_time.ToNanoseconds()) for span in recent_spans(trace_id)}
+    assert set(spans) == {"prefill.queue", "prefill.run", "kv.wait", "kv.pull", "decode.queue", "decode.run"}
+    assert all(start <= end for start, end in spans.values())
+    for former, latter in (
+        ("prefill.queue", "prefill.run"),
+        ("kv.wait", "kv.pull"),
+        ("kv.pull", "decode.queue"),
+        ("decode.queue", "decode.run"),
+    ):
+        # Each moment is turned into wall-clock time by itself, microseconds apart.
+        assert abs(spans[former][1] - spans[latter][0]) < 20_000_000
 
 
 async def test_a_cancelled_pull_gives_its_ticket_back(monkeypatch: pytest.MonkeyPatch) -> None:
