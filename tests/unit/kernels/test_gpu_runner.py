@@ -38,14 +38,15 @@ class FakePool:
 
 
 class Reference:
-    """The model on torch's operations, with a pool of its own."""
+    """The model on torch's operations on the CPU, with a pool of its own."""
 
     def __init__(self, config, tensors, device):
-        self._model, self._pool = Model(config, tensors, TorchOperations()), make_pool(config, device).tensor
+        copies = {name: tensor.cpu() for name, tensor in tensors.items()}
+        self._model, self._pool, self._device = Model(config, copies, TorchOperations()), make_pool(config, "cpu").tensor, device
 
     @torch.inference_mode()
     def forward(self, slices):
-        return self._model.forward(build_batch(slices, 16), self._pool)
+        return self._model.forward(build_batch(slices, 16), self._pool).to(self._device)
 
 
 def make_pool(config, device):
@@ -70,7 +71,7 @@ def tensors(config, device, tmp_path):
 
 @pytest.fixture
 def reference(config, tensors, device):
-    return Reference(config, tensors, torch.device("cpu")) if device.type == "cpu" else None
+    return Reference(config, tensors, device)
 
 
 def make_runner(config, tensors, device, attention, max_batch=0):
@@ -91,7 +92,7 @@ def test_chunks_then_tokens_give_the_reference_logits(config, tensors, reference
     """The first call has too many rows for the kernels of few rows, the second has few."""
     runner = make_runner(config, tensors, device, attention)
     for slices in (PROMPTS, LATER):
-        assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-5
+        assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
