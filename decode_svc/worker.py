@@ -16,7 +16,7 @@ from llm.startup import LoadedModel, load_model
 from tandem.addresses import target
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
-from tandem.engine_thread import Courier
+from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
-    files, loaded = await asyncio.to_thread(load, settings)
+    files, loaded = await run_and_end_thread(lambda: load(settings))
     worker = DecodeWorker(settings, files, loaded)
     await worker.start()
     await worker.run_until_stopped()

@@ -17,7 +17,7 @@ from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port, target
 from tandem.api.v1 import operations_pb2
-from tandem.engine_thread import Courier
+from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: PrefillSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
-    files, loaded = await asyncio.to_thread(load, settings)
+    files, loaded = await run_and_end_thread(lambda: load(settings))
     port = settings.server.port or free_port(settings.server.host)
     worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
     await worker.start()

@@ -18,7 +18,6 @@ def prepare_compute(weights: WeightSettings) -> None:
         "MKL_NUM_THREADS": threads,
         "NUMBA_NUM_THREADS": threads,
         "NUMBA_THREADING_LAYER_PRIORITY": "omp tbb workqueue",
-        "GOMP_SPINCOUNT": "5000",
         "NUMBA_CACHE_DIR": str(cache_directory() / "numba"),
     }
     for name, value in defaults.items():

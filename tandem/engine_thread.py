@@ -5,11 +5,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Event = TypeVar("Event")
+Result = TypeVar("Result")
 
 
 class Mailbox(Generic[Event]):
@@ -86,6 +88,17 @@ class EngineThread:
         except Exception as error:
             logger.exception("the engine failed")
             self._on_failure(error)
+
+
+async def run_and_end_thread(function: Callable[[], Result]) -> Result:
+    """Runs a blocking function in a thread that is gone afterwards.
+
+    What computes in parallel leaves a pool of OpenMP threads with its thread. With two pools there are more threads than cores, and
+    the runtime then puts idle threads to sleep at once instead of letting them spin: each of an engine's hundreds of operations a
+    step would begin by waking them.
+    """
+    with ThreadPoolExecutor(1, "load") as executor:
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
 
 
 class Speed:
