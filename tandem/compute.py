@@ -9,8 +9,8 @@ from tandem.worker_settings import WeightSettings
 def prepare_compute(weights: WeightSettings) -> None:
     """Thread counts, how idle threads wait, and where compiled kernels are kept. The user's own variables win.
 
-    Idle OpenMP threads spin for tens of microseconds: starting a kernel costs 2.5 µs while they spin and 100 to 200 µs once they
-    sleep, but two workers that share cores pay for every longer spin of the other.
+    Idle OpenMP threads spin for some 200 µs, longer than the gaps within a step: starting a kernel costs 2.5 µs while they spin and
+    100 to 200 µs once they sleep, but two workers that share cores pay for every longer spin of the other.
     """
     threads = str(weights.threads or os.cpu_count() or 1)
     defaults = {
@@ -18,6 +18,7 @@ def prepare_compute(weights: WeightSettings) -> None:
         "MKL_NUM_THREADS": threads,
         "NUMBA_NUM_THREADS": threads,
         "NUMBA_THREADING_LAYER_PRIORITY": "omp tbb workqueue",
+        "GOMP_SPINCOUNT": "10000",
         "NUMBA_CACHE_DIR": str(cache_directory() / "numba"),
     }
     for name, value in defaults.items():
