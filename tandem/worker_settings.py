@@ -8,7 +8,7 @@ from typing import Literal
 class WeightSettings:
     """How the model computes."""
 
-    device: str = field(default="cpu", metadata={"help": "device to compute on"})
+    device: Literal["cpu"] = field(default="cpu", metadata={"help": "device to compute on"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "weight format; float32 is exact, auto takes the fastest as measured at load"}
     )
