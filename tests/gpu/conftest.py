@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from tests.fakes.interpreter import interpret_without_gpu
+
+interpret_without_gpu()
+
 
 @pytest.fixture
 def device() -> torch.device:
