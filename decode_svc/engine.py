@@ -128,7 +128,7 @@ class DecodeEngine:
         self._lock = threading.Lock()
         self._jobs: dict[SequenceState, DecodeJob] = {}
         self._speed = Speed()
-        self._thread = EngineThread("decode-engine", self.step, self._fail)
+        self._thread = EngineThread("decode-engine", runner.adopt_thread, self.step, self._fail)
 
     def start(self) -> None:
         self._thread.start()

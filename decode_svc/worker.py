@@ -6,11 +6,13 @@ import uuid
 
 from decode_svc.batcher import BatcherLimits, DecodeBatcher
 from decode_svc.engine import DecodeEngine
+from decode_svc.kernels.choice import gpu_settings
 from decode_svc.service import DecodeServicer
 from decode_svc.settings import DecodeSettings
 from kvtransfer.puller import KvPuller
 from kvtransfer.wire import layout_to_proto
-from llm.errors import UnsupportedModelError, WeightsError
+from llm.device import choose_device
+from llm.errors import DeviceError, UnsupportedModelError, WeightsError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from tandem.addresses import target
@@ -38,17 +40,19 @@ async def serve(settings: DecodeSettings) -> None:
 def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
     """The model's files and the model in memory. Blocks; StartError if it cannot be had."""
     weights = settings.weights
-    runner_settings = RunnerSettings(
-        role="decode",
-        cache_directory=cache_directory(),
-        device=weights.device,
-        dtype=weights.dtype,
-        threads=weights.threads or None,
-    )
     try:
+        device = choose_device(weights.device)
+        runner_settings = RunnerSettings(
+            role="decode",
+            cache_directory=cache_directory(),
+            device=device,
+            dtype=weights.dtype,
+            threads=weights.threads or None,
+            gpu=gpu_settings(device, settings.batch_on(device)),
+        )
         files = resolve_model(settings.model)
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
-    except (ModelError, UnsupportedModelError, WeightsError) as error:
+    except (ModelError, DeviceError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
 
 
@@ -61,7 +65,8 @@ class DecodeWorker:
         self._failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._server = Server("decode", settings.server)
-        limits = BatcherLimits(settings.max_batch, settings.max_sequences, settings.recompute_budget)
+        max_batch = settings.batch_on(loaded.pool.tensor.device.type)
+        limits = BatcherLimits(max_batch, settings.max_sequences, settings.recompute_budget)
         batcher = DecodeBatcher(loaded.allocator, limits)
         courier = Courier(self._loop)
         self._engine = DecodeEngine(

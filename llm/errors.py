@@ -7,3 +7,7 @@ class UnsupportedModelError(ValueError):
 
 class WeightsError(ValueError):
     """A weights or config file is damaged, incomplete or contradicts itself."""
+
+
+class DeviceError(ValueError):
+    """The device that was asked for is not there, or cannot be used."""

@@ -81,6 +81,9 @@ class ModelRunner:
         request = WeightRequest(files, config, choice.dtype, settings.device, settings.cache_directory)
         return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
 
+    def adopt_thread(self) -> None:
+        """Called first on a thread that is to call `forward`, in place of the thread that did so before."""
+
     @property
     def device_description(self) -> str:
         """For people: "cpu (2 threads)"."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from llm.device import is_gpu
 from llm.kv.allocator import BlockAllocator
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
@@ -12,6 +13,8 @@ from llm.runner import ModelRunner, RunnerSettings
 from llm.weights import ModelFiles, Progress
 
 _MIB = 1 << 20
+_CPU_STEP_TOKENS = 512
+"""Where a CPU's prefill rate stops growing; see docs/performance.md."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class LoadedModel:
     pool: KvPool
     allocator: BlockAllocator
     layout: KvLayout
+    saturating_tokens: int = _CPU_STEP_TOKENS
+    """The fewest prompt tokens of one step that keep the device busy."""
 
 
 def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSettings, progress: Progress | None = None) -> LoadedModel:
@@ -29,11 +34,32 @@ def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSetting
     runner = ModelRunner.load(files, runner_settings, progress)
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, kv.block_tokens, runner.kv_dtype)
-    pool = KvPool.create(layout, num_blocks(layout, kv), runner_settings.device)
+    count, saturating_tokens, report = num_blocks(layout, kv), _CPU_STEP_TOKENS, progress
+    if is_gpu(runner_settings.device):
+        count, saturating_tokens = _measure(runner, layout, kv, _part(progress, 0.0))
+        report = _part(progress, 0.5)
+    pool = KvPool.create(layout, count, runner_settings.device)
     runner.attach(pool)
-    runner.warm_up(progress)
+    runner.warm_up(report)
     allocator = BlockAllocator(pool.tensor.shape[0], kv.block_tokens, prefix_cache=kv.prefix_cache)
-    return LoadedModel(runner, pool, allocator, layout)
+    return LoadedModel(runner, pool, allocator, layout, saturating_tokens)
+
+
+def _measure(runner: ModelRunner, layout: KvLayout, kv: KvSettings, progress: Progress) -> tuple[int, int]:
+    """Blocks, and tokens of a step, for a GPU. What the settings fix is not measured."""
+    from llm.gpu.measure import measure
+    from llm.gpu.runner import GpuModelRunner
+
+    assert isinstance(runner, GpuModelRunner), "a GPU needs its own runner"
+    runner.adopt_thread()
+    measured = measure(runner, layout, kv.gpu_memory_fraction, progress)
+    fixed = kv.kv_blocks > 0 or kv.kv_memory_mib > 0
+    return num_blocks(layout, kv) if fixed else max(1, measured.pool_bytes // layout.block_bytes), measured.saturating_tokens
+
+
+def _part(progress: Progress | None, begin: float) -> Progress:
+    """Half of the whole load, from `begin` on: a GPU warms up twice, first to measure."""
+    return lambda fraction, text: None if progress is None else progress(begin + fraction / 2, text)
 
 
 def num_blocks(layout: KvLayout, kv: KvSettings) -> int:

@@ -56,6 +56,7 @@ def load_tensors(request: WeightRequest, progress: Progress) -> dict[str, torch.
     Raises UnsupportedModelError, WeightsError.
     """
     if request.files.format == "random":
+        progress(0.0, "making random weights")
         return _random_tensors(request)
     path = _converted_path(request)
     if not path.exists():

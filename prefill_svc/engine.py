@@ -108,7 +108,7 @@ class PrefillEngine:
         self._lock = threading.Lock()
         self._jobs: dict[PromptState, PrefillJob] = {}
         self._speed = Speed()
-        self._thread = EngineThread("prefill-engine", self.step, self._fail)
+        self._thread = EngineThread("prefill-engine", runner.adopt_thread, self.step, self._fail)
 
     def start(self) -> None:
         self._thread.start()

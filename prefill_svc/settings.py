@@ -12,7 +12,12 @@ class PrefillSettings:
     """Settings of a prefill worker."""
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "model name, path, or hub name"})
-    token_budget: int = field(default=512, metadata={"help": "most prompt tokens computed in one step; longer prompts are chunked"})
+    token_budget: int = field(
+        default=0,
+        metadata={
+            "help": "most prompt tokens computed in one step, longer prompts are chunked; 0: 512 on a CPU, measured on a GPU"
+        },
+    )
     max_prompts: int = field(default=256, metadata={"help": "most prompts waiting and running; more are refused"})
     weights: WeightSettings = field(default_factory=WeightSettings)
     kv: KvSettings = field(default_factory=KvSettings)

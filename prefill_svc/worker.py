@@ -8,11 +8,13 @@ from dataclasses import replace
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.service import KvTransferServicer
 from kvtransfer.wire import layout_to_proto
-from llm.errors import UnsupportedModelError, WeightsError
+from llm.device import choose_device
+from llm.errors import DeviceError, UnsupportedModelError, WeightsError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from prefill_svc.batcher import BatcherLimits, PrefillBatcher
 from prefill_svc.engine import PrefillEngine
+from prefill_svc.kernels.choice import gpu_settings
 from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port, target
@@ -40,17 +42,19 @@ async def serve(settings: PrefillSettings) -> None:
 def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
     """The model's files and the model in memory. Blocks; StartError if it cannot be had."""
     weights = settings.weights
-    runner_settings = RunnerSettings(
-        role="prefill",
-        cache_directory=cache_directory(),
-        device=weights.device,
-        dtype=weights.dtype,
-        threads=weights.threads or None,
-    )
     try:
+        device = choose_device(weights.device)
+        runner_settings = RunnerSettings(
+            role="prefill",
+            cache_directory=cache_directory(),
+            device=device,
+            dtype=weights.dtype,
+            threads=weights.threads or None,
+            gpu=gpu_settings(device),
+        )
         files = resolve_model(settings.model)
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
-    except (ModelError, UnsupportedModelError, WeightsError) as error:
+    except (ModelError, DeviceError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
 
 
@@ -63,7 +67,7 @@ class PrefillWorker:
         self._failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._server = Server("prefill", settings.server)
-        limits = BatcherLimits(settings.token_budget, settings.max_prompts)
+        limits = BatcherLimits(settings.token_budget or loaded.saturating_tokens, settings.max_prompts)
         batcher = PrefillBatcher(loaded.allocator, limits)
         courier = Courier(self._loop)
         self._engine = PrefillEngine(

@@ -32,6 +32,7 @@ KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
         "TANDEM_THREADS",
         "TANDEM_KV_BLOCKS",
         "TANDEM_KV_MEMORY_MIB",
+        "TANDEM_GPU_MEMORY_FRACTION",
         "TANDEM_BLOCK_TOKENS",
         "TANDEM_PREFIX_CACHE",
         "TANDEM_TRANSPORTS",

@@ -54,12 +54,15 @@ def _deliver(deliveries: Sequence[tuple[Mailbox[Event], Event]]) -> None:
 
 
 class EngineThread:
-    """Calls `step` again and again; waits for `wake` whenever a step found nothing to do.
+    """Calls `begin` once, then `step` again and again; waits for `wake` whenever a step found nothing to do.
 
     An exception in `step` is our bug or a broken device: the thread ends and `on_failure` is called with it, once.
     """
 
-    def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, name: str, begin: Callable[[], None], step: Callable[[], bool], on_failure: Callable[[Exception], None]
+    ) -> None:
+        self._begin = begin
         self._step = step
         self._on_failure = on_failure
         self._work = threading.Event()
@@ -81,6 +84,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._begin()
             while not self._stopping:
                 self._work.clear()
                 if not self._step():

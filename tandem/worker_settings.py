@@ -1,18 +1,25 @@
 """Settings that both kinds of worker share."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
 class WeightSettings:
     """How the model computes."""
 
-    device: Literal["cpu"] = field(default="cpu", metadata={"help": "device to compute on"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda:N, or auto: the first GPU, and the CPU where there is none"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "weight format; float32 is exact, auto takes the fastest as measured at load"}
     )
     threads: int = field(default=0, metadata={"help": "threads to compute with; 0: one per core"})
+
+    def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"--device: {self.device!r} is not legal; it takes auto, cpu, or cuda:N with N counted from 0")
 
 
 @dataclass(frozen=True)

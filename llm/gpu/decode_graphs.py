@@ -68,6 +68,10 @@ class DecodeGraphs:
         self._step = step
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
+
     def capture(self, sizes: Iterable[int], captured: Callable[[int], None]) -> None:
         """The largest first: its memory serves the smaller ones too. Each is run once before, for kernels compile then."""
         pool = torch.cuda.graph_pool_handle()

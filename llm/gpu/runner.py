@@ -31,18 +31,21 @@ class GpuModelRunner(ModelRunner):
         self.weight_format = "float32" if settings.dtype == "float32" else "bfloat16"
         self.weight_format_reason = "the default of this device" if settings.dtype == "auto" else "set by --dtype"
         self.kv_dtype = "float32" if settings.dtype == "float32" else "bfloat16"
-        self._device = torch.device(settings.device)
+        self.device = torch.device(settings.device)
+        self._stream = _make_stream(self.device)
         self._gpu = gpu
         self._model = Model(config, tensors, operations)
         self._few_rows = FewRowsModel(config, tensors, operations)
-        self._argmax = Argmax(max(gpu.max_batch, 1), config.vocab_size, self._device)
-        self._drawn = torch.zeros(max(gpu.max_batch, 1), dtype=torch.int32, device=self._device)
+        self._argmax = Argmax(max(gpu.max_batch, 1), config.vocab_size, self.device)
+        self._drawn = torch.zeros(max(gpu.max_batch, 1), dtype=torch.int32, device=self.device)
         self._graphs: DecodeGraphs | None = None
         self._pool: torch.Tensor | None = None
 
     @classmethod
     def load(cls, files: ModelFiles, settings: RunnerSettings, progress: Progress | None = None) -> GpuModelRunner:
         """Loads, and converts at the first start. Raises UnsupportedModelError, WeightsError."""
+        if torch.device(settings.device).type == "cuda":
+            torch.cuda.set_device(settings.device)
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
         dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
@@ -50,15 +53,35 @@ class GpuModelRunner(ModelRunner):
         return cls(config, tensors, settings)
 
     @property
+    def max_batch(self) -> int:
+        """Sequences of the largest decode step; 0 for a runner that prefills."""
+        return self._gpu.max_batch
+
+    @property
+    def num_graphs(self) -> int:
+        """Captured decode steps."""
+        return 0 if self._graphs is None else self._graphs.num_captured
+
+    def adopt_thread(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self.device)
+            torch.cuda.synchronize()  # whatever another thread launched, on whatever stream, is complete
+            torch.cuda.set_stream(self._stream)
+
+    @property
     def device_description(self) -> str:
         """For people: "cuda:0 (NVIDIA H200)"."""
-        if self._device.type != "cuda":
-            return f"{self._device} (interpreted kernels)"
-        return f"{self._device} ({torch.cuda.get_device_name(self._device)})"
+        if self.device.type != "cuda":
+            return f"{self.device} (interpreted kernels)"
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
 
     def attach(self, pool: Pool) -> None:
         """Sets the KV pool that the following calls write to and read from. Graphs captured over another are dropped."""
         self._pool, self._graphs = pool.tensor, None
+
+    def detach(self) -> None:
+        """Lets go of the pool and the graphs captured over it."""
+        self._pool = self._graphs = None
 
     @torch.inference_mode()
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
@@ -91,7 +114,7 @@ class GpuModelRunner(ModelRunner):
         report(0.0, "compiling kernels")
         for slices in _warm_up_batches(self.config, self._pool_tensor(), self._gpu.max_batch > 0):
             self.forward(slices)
-        if self._device.type == "cuda" and self._gpu.max_batch:
+        if self.device.type == "cuda" and self._gpu.max_batch:
             self._capture(report)
         report(1.0, "ready")
 
@@ -107,7 +130,7 @@ class GpuModelRunner(ModelRunner):
         graphs = self._graphs
         if graphs is not None and is_decode(batch) and graphs.holds(arrays):
             return graphs.replay(arrays), True
-        tensors = upload(arrays, self._device)
+        tensors = upload(arrays, self.device)
         return self._forward(make_device_batch(batch, tensors, self._drawn, int(arrays["tile_counts"].max()))), False
 
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
@@ -121,7 +144,7 @@ class GpuModelRunner(ModelRunner):
     def _capture(self, report: Progress) -> None:
         pool, largest = self._pool_tensor(), self._gpu.max_batch
         per_sequence = -(-self.config.context_tokens // pool.shape[4])
-        inputs = GraphInputs(largest, min(largest * per_sequence, 4 * pool.shape[0] + largest), self._device)
+        inputs = GraphInputs(largest, min(largest * per_sequence, 4 * pool.shape[0] + largest), self.device)
         inputs.drawn = self._drawn
         sizes = bucket_sizes(largest)
         graphs = DecodeGraphs(inputs, self._step)
@@ -134,6 +157,11 @@ class GpuModelRunner(ModelRunner):
         logits = self._forward(batch)
         self._argmax(logits, self._drawn[: logits.shape[0]])
         return logits
+
+
+def _make_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of the runner's own: transfers run beside it, and none of them waits for torch's default stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _count(done: list[int], size: int, total: int, report: Progress) -> None:

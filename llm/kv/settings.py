@@ -9,7 +9,14 @@ class KvSettings:
 
     kv_blocks: int = field(default=0, metadata={"help": "KV blocks in the pool; 0: as many as --kv-memory-mib holds"})
     kv_memory_mib: int = field(
-        default=0, metadata={"help": "memory for the KV pool in MiB; 0: an eighth of the machine's memory, at most 1024 on a CPU"}
+        default=0,
+        metadata={
+            "help": "memory for the KV pool in MiB; 0: on a CPU an eighth of the machine's memory, at most 1024; on a GPU the rest"
+        },
+    )
+    gpu_memory_fraction: float = field(
+        default=0.9,
+        metadata={"help": "share of the GPU's memory for this worker, weights included", "minimum": 0.05, "maximum": 1.0},
     )
     block_tokens: int = field(default=16, metadata={"help": "tokens of one KV block; the same for every worker of a suite"})
     prefix_cache: bool = field(default=True, metadata={"help": "keep the KV of finished prompts for later ones that begin alike"})

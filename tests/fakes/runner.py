@@ -42,6 +42,9 @@ class FakeRunner:
         self.gate = lambda: None
         self.sizes: list[list[int]] = []
 
+    def adopt_thread(self) -> None:
+        """Nothing to take over."""
+
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         self.gate()
         self.sizes.append([len(piece.token_ids) for piece in slices])

@@ -23,6 +23,8 @@ class Runner:
     def __init__(self) -> None:
         self.during = lambda: None
 
+    def adopt_thread(self) -> None: ...
+
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         self.during()
         return torch.zeros(sum(piece.logits == "last" for piece in slices), 8)

@@ -22,6 +22,8 @@ class Runner:
 
     failure: Exception | None = None
 
+    def adopt_thread(self) -> None: ...
+
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         if self.failure is not None:
             raise self.failure
