@@ -22,7 +22,7 @@ from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
-from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
+from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
 from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
 from tandem.worker_requests import ModelLimits
 
@@ -125,7 +125,7 @@ class DecodeWorker:
         load = self._engine.load()
         return WorkerSnapshot(
             role=operations_pb2.WORKER_ROLE_DECODE,
-            ready=self._server.ready,
+            condition=condition(self._server),
             queued_requests=load.num_waiting,
             queued_tokens=0,
             running_requests=load.num_active,
@@ -133,6 +133,7 @@ class DecodeWorker:
             total_blocks=self._loaded.allocator.num_blocks,
             free_blocks=load.num_free_blocks,
             tokens_per_second=load.tokens_per_second,
+            requests=self._server.counts_of("/tandem.worker.v1.DecodeService/Decode"),
         )
 
     async def _drain(self) -> None:

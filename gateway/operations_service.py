@@ -5,12 +5,13 @@ import itertools
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import grpc
 import grpc.aio
 
 from gateway.admission import Admission
-from gateway.routing import Role, Worker
+from gateway.routing import Condition, Role, Worker
 from gateway.workers import WorkerDirectory
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
 from tandem.errors import Reason, TandemError, invalid_field
@@ -23,6 +24,12 @@ SPANS_TIMEOUT_S = 1.0
 
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _ROLES = {Role.PREFILL: operations_pb2.WORKER_ROLE_PREFILL, Role.DECODE: operations_pb2.WORKER_ROLE_DECODE}
+_CONDITIONS = {
+    Condition.UNKNOWN: operations_pb2.WORKER_CONDITION_UNSPECIFIED,
+    Condition.SERVING: operations_pb2.WORKER_CONDITION_SERVING,
+    Condition.DRAINING: operations_pb2.WORKER_CONDITION_DRAINING,
+    Condition.STALLED: operations_pb2.WORKER_CONDITION_STALLED,
+}
 
 
 class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
@@ -84,4 +91,6 @@ def _summary(worker: Worker) -> operations_pb2.WorkerSummary:
         running_requests=worker.running_requests,
         tokens_per_second=worker.tokens_per_second,
         transports=worker.transports,
+        condition=_CONDITIONS[worker.condition],
+        requests=operations_pb2.RequestCounts(**asdict(worker.requests)),
     )

@@ -16,6 +16,30 @@ class Role(Enum):
     DECODE = "decode"
 
 
+class Condition(Enum):
+    """Whether a worker takes requests, and if not, why; the numbers of WorkerCondition."""
+
+    UNKNOWN = 0
+    SERVING = 1
+    DRAINING = 2
+    STALLED = 3
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Condition":
+        return cls.UNKNOWN  # a newer worker's
+
+
+@dataclass(frozen=True)
+class RequestCounts:
+    """How a worker's requests ended; see RequestCounts in operations.proto."""
+
+    received: int = 0
+    ok: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """The shape of a worker's KV blocks. Blocks can only travel between equal shapes. `dtype` is the number of KvDtype."""
@@ -50,6 +74,8 @@ class Worker:
     running_requests: int = 0
     max_requests: int = 0
     tokens_per_second: float = 0.0
+    condition: Condition = Condition.UNKNOWN
+    requests: RequestCounts = RequestCounts()
 
     @property
     def pool_tokens(self) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from gateway.calls import cancel_and_wait, end, read
-from gateway.routing import Layout, Role, Worker
+from gateway.routing import Condition, Layout, RequestCounts, Role, Worker
 from gateway.targets import Target, look_up
+from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.errors import TandemError
 from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
@@ -24,7 +25,7 @@ MAX_RECEIVE_BYTES = 16 * 1024 * 1024
 @dataclass(frozen=True)
 class WatchTimes:
     """Seconds: between look-ups of names, from the first to the longest pause before connecting again, and until a silent worker
-    counts as lost (it speaks at least every second)."""
+    counts as lost (it speaks at least every half second)."""
 
     look_up_s: float = 2.0
     first_pause_s: float = 0.1
@@ -188,7 +189,13 @@ def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
         running_requests=response.running_requests,
         max_requests=response.max_requests,
         tokens_per_second=response.tokens_per_second,
+        condition=Condition(response.condition),
+        requests=_counts(response.requests),
     )
+
+
+def _counts(message: operations_pb2.RequestCounts) -> RequestCounts:
+    return RequestCounts(message.received, message.ok, message.cancelled, message.rejected, message.failed)
 
 
 def _layout(message: kv_pb2.KvLayout) -> Layout:

@@ -23,7 +23,7 @@ from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 from tandem.server import Server, StartError
-from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot
+from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
 from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
 from tandem.worker_requests import ModelLimits
 
@@ -137,7 +137,7 @@ class PrefillWorker:
         load = self._engine.load()
         return WorkerSnapshot(
             role=operations_pb2.WORKER_ROLE_PREFILL,
-            ready=self._server.ready,
+            condition=condition(self._server),
             queued_requests=load.num_waiting,
             queued_tokens=load.num_queued_tokens,
             running_requests=load.num_running,
@@ -145,6 +145,7 @@ class PrefillWorker:
             total_blocks=self._loaded.allocator.num_blocks,
             free_blocks=load.num_free_blocks,
             tokens_per_second=load.tokens_per_second,
+            requests=self._server.counts_of("/tandem.worker.v1.PrefillService/Prefill"),
         )
 
     async def _drain(self) -> None:

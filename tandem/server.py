@@ -72,6 +72,15 @@ class Server:
         return self._ready
 
     @property
+    def stopping(self) -> bool:
+        """Whether the shutdown has begun."""
+        return self._stopping.is_set()
+
+    def counts_of(self, method: str) -> CallCounts:
+        """Calls of one method, by its full name."""
+        return self._interceptor.counts[method]
+
+    @property
     def counts(self) -> Mapping[str, CallCounts]:
         """Calls by full method name, "/tandem.worker.v1.PrefillService/Prefill"."""
         return self._interceptor.counts
@@ -96,14 +105,16 @@ class Server:
         return self._port
 
     def set_ready(self, ready: bool) -> None:
-        """Whether this process takes work; health watchers learn it at once."""
+        """Whether this process takes work; health watchers learn it at once. Once the shutdown has begun it takes none."""
+        ready = ready and not self.stopping
         self._ready = ready
         for service in (*self._service_names, f"{self._name}.ready"):
             self._health.set(service, ready)
 
     def stop(self) -> None:
-        """Begins the shutdown that `run_until_stopped` waits for. Idempotent."""
+        """Begins the shutdown that `run_until_stopped` waits for: not ready from this moment on. Idempotent."""
         self._stopping.set()
+        self.set_ready(False)
 
     async def run_until_stopped(self, drain: AsyncStep, close: AsyncStep) -> None:
         """Serves until SIGTERM, SIGINT, `stop`, or with `exit_with_parent` the end of standard input; then ends in order.
@@ -118,7 +129,6 @@ class Server:
     async def _shut_down(self, drain: AsyncStep, close: AsyncStep) -> None:
         deadline = time.monotonic() + self._settings.grace_s
         logger.info("%s: shutting down", self._name)
-        self.set_ready(False)
         async with contextlib.AsyncExitStack() as steps:
             steps.push_async_callback(asyncio.to_thread, flush_tracing)
             steps.push_async_callback(close)

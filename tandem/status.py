@@ -3,12 +3,14 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import grpc.aio
 
 from tandem.api.v1 import operations_pb2
 from tandem.errors import invalid_field
+from tandem.interceptor import CallCounts
+from tandem.server import Server
 from tandem.tracing import recent_spans
 from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
 
@@ -35,7 +37,7 @@ class WorkerSnapshot:
     """A worker's state at one moment. `queued_tokens` are still to compute, for waiting and running requests."""
 
     role: operations_pb2.WorkerRole
-    ready: bool
+    condition: operations_pb2.WorkerCondition
     queued_requests: int
     queued_tokens: int
     running_requests: int
@@ -43,6 +45,14 @@ class WorkerSnapshot:
     total_blocks: int
     free_blocks: int
     tokens_per_second: float
+    requests: CallCounts = field(default_factory=CallCounts)
+
+
+def condition(server: Server) -> operations_pb2.WorkerCondition:
+    """Of a worker that has started to serve; its server is not ready for one of two reasons."""
+    if server.stopping:
+        return operations_pb2.WORKER_CONDITION_DRAINING
+    return operations_pb2.WORKER_CONDITION_SERVING if server.ready else operations_pb2.WORKER_CONDITION_STALLED
 
 
 class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
@@ -54,7 +64,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
         snapshot: Callable[[], WorkerSnapshot],
         *,
         minimum_interval_s: float = 0.05,
-        maximum_interval_s: float = 1.0,
+        maximum_interval_s: float = 0.5,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._identity = identity
@@ -105,7 +115,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             sequence_number=self._sequence_number,
             worker_id=identity.worker_id,
             role=identity.role,
-            ready=snapshot.ready,
+            ready=snapshot.condition == operations_pb2.WORKER_CONDITION_SERVING,
             model_digest=identity.model_digest,
             tokenizer_digest=identity.tokenizer_digest,
             layout=identity.layout,
@@ -119,6 +129,8 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             max_requests=snapshot.max_requests,
             tokens_per_second=snapshot.tokens_per_second,
             transports=identity.transports,
+            condition=snapshot.condition,
+            requests=operations_pb2.RequestCounts(**asdict(snapshot.requests)),
         )
 
 

@@ -18,7 +18,9 @@ _REFRESH_S = 1.0
 _ROLES = {operations_pb2.WORKER_ROLE_PREFILL: "prefill", operations_pb2.WORKER_ROLE_DECODE: "decode"}
 _LOAD = ("worker", "address", "state", "running", "queued", "free blocks", "tok/s")
 _MAKE = ("worker", "address", "state", "device", "weights", "transports")
-_NUMERIC = frozenset({"running", "queued", "free blocks", "tok/s"})
+_ENDINGS = ("received", "ok", "cancelled", "rejected", "failed")
+_NUMERIC = frozenset({"running", "queued", "free blocks", "tok/s", *_ENDINGS})
+_CONDITIONS = {operations_pb2.WORKER_CONDITION_DRAINING: "draining", operations_pb2.WORKER_CONDITION_STALLED: "stalled"}
 
 
 def run_status(address: str, watch: bool) -> None:
@@ -44,12 +46,13 @@ async def _watch(address: str) -> None:
 
 
 def suite_table(address: str, suite: operations_pb2.GetSuiteResponse) -> RenderableType:
-    """The gateway's numbers, then what each worker does, then what each is."""
+    """The gateway's numbers, then what each worker does, how its requests ended, and what each is."""
     head = Text.assemble(("gateway", "bold"), f" {address} · {suite.running_requests} running · {suite.queued_requests} queued")
     if not suite.workers:
         return Group(head, Text("The gateway knows of no workers.", style="yellow"))
     load = _table(_LOAD, [_load_of(worker) for worker in _sorted(suite)])
-    return Group(head, "", load, "", workers_table(suite))
+    endings = _table(("worker", "address", *_ENDINGS), [_endings_of(worker) for worker in _sorted(suite)])
+    return Group(head, "", load, "", endings, "", workers_table(suite))
 
 
 def workers_table(suite: operations_pb2.GetSuiteResponse) -> Table:
@@ -80,6 +83,10 @@ def _load_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
     return (*_name(worker), str(worker.running_requests), queued, f"{worker.free_blocks}/{worker.total_blocks}", speed)
 
 
+def _endings_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
+    return (*_name(worker)[:2], *(str(getattr(worker.requests, name)) for name in _ENDINGS))
+
+
 def _make_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
     return (*_name(worker), worker.device, worker.weight_format, ", ".join(worker.transports))
 
@@ -87,4 +94,6 @@ def _make_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
 def _state(worker: operations_pb2.WorkerSummary) -> Text:
     if worker.ready:
         return Text("ready", style="green")
-    return Text("not ready", style="yellow") if worker.worker_id else Text("unreachable", style="red")
+    if not worker.worker_id:
+        return Text("unreachable", style="red")
+    return Text(_CONDITIONS.get(worker.condition, "not ready"), style="yellow")

@@ -74,7 +74,7 @@ class FakeWorker:
         self.traceparents: list[str] = []
         self.snapshot = WorkerSnapshot(
             role=self.role,
-            ready=True,
+            condition=operations_pb2.WORKER_CONDITION_SERVING,
             queued_requests=0,
             queued_tokens=0,
             running_requests=0,

@@ -10,11 +10,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WorkerCondition(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_CONDITION_UNSPECIFIED: _ClassVar[WorkerCondition]
+    WORKER_CONDITION_SERVING: _ClassVar[WorkerCondition]
+    WORKER_CONDITION_DRAINING: _ClassVar[WorkerCondition]
+    WORKER_CONDITION_STALLED: _ClassVar[WorkerCondition]
+
 class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WORKER_ROLE_UNSPECIFIED: _ClassVar[WorkerRole]
     WORKER_ROLE_PREFILL: _ClassVar[WorkerRole]
     WORKER_ROLE_DECODE: _ClassVar[WorkerRole]
+WORKER_CONDITION_UNSPECIFIED: WorkerCondition
+WORKER_CONDITION_SERVING: WorkerCondition
+WORKER_CONDITION_DRAINING: WorkerCondition
+WORKER_CONDITION_STALLED: WorkerCondition
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
@@ -34,7 +45,7 @@ class GetSuiteResponse(_message.Message):
     def __init__(self, running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerSummary, _Mapping]]] = ...) -> None: ...
 
 class WorkerSummary(_message.Message):
-    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports")
+    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +59,8 @@ class WorkerSummary(_message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     role: WorkerRole
@@ -61,7 +74,23 @@ class WorkerSummary(_message.Message):
     running_requests: int
     tokens_per_second: float
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    condition: WorkerCondition
+    requests: RequestCounts
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[WorkerCondition, str]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ...) -> None: ...
+
+class RequestCounts(_message.Message):
+    __slots__ = ("received", "ok", "cancelled", "rejected", "failed")
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    ok: int
+    cancelled: int
+    rejected: int
+    failed: int
+    def __init__(self, received: _Optional[int] = ..., ok: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
 
 class GetTraceRequest(_message.Message):
     __slots__ = ("trace_id",)

@@ -52,7 +52,8 @@ class WorkerStatusServiceServicer:
     """
 
     def Watch(self, request, context):
-        """Watch streams the worker's state: one at once, then one after each change, at most every 50 ms, and at least every second.
+        """Watch streams the worker's state: one at once, then one after each change, at most every 50 ms, and at least every
+        half second.
         Never ends by itself while the worker lives. No side effects.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

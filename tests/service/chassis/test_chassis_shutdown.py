@@ -94,6 +94,14 @@ async def test_steps_run_in_order_and_the_running_stream_ends_well(opened, servi
     assert server.counts[f"/{PREFILL}/Prefill"] == CallCounts(received=2, ok=1, rejected=1)
 
 
+async def test_a_stopped_server_is_not_ready_at_once_and_for_good(opened):
+    server, _, _ = opened
+    server.stop()
+    assert not server.ready
+    server.set_ready(True)
+    assert not server.ready
+
+
 async def test_watchers_do_not_hold_up_the_end(opened, servicer):
     server, channel, _ = opened
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="toy.ready"))

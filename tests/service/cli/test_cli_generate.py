@@ -151,11 +151,19 @@ def test_status_is_a_row_per_worker(cli: Cli, gateway: FakeGateway) -> None:
     gateway.operations.workers += [
         worker(operations_pb2.WORKER_ROLE_DECODE, ready=False, queued_tokens=77, tokens_per_second=12.4),
         worker(operations_pb2.WORKER_ROLE_PREFILL, ready=False, worker_id=""),
+        worker(
+            operations_pb2.WORKER_ROLE_DECODE,
+            ready=False,
+            condition=operations_pb2.WORKER_CONDITION_STALLED,
+            requests=operations_pb2.RequestCounts(received=9_011, ok=8_022, cancelled=7_033, rejected=6_044, failed=5_055),
+        ),
     ]
     result = cli("status", "-a", gateway.address)
     assert result.exit_code == 0 and "3 running · 4 queued" in result.stdout
-    assert [result.stdout.count(state) for state in ("not ready", "unreachable", "90/100", "shm, tcp")] == [2, 2, 4, 4]
+    shown = ("not ready", "unreachable", "stalled", "90/100", "shm, tcp")
+    assert [result.stdout.count(state) for state in shown] == [2, 2, 2, 5, 5]
     assert " 12\n" in result.stdout and "0 (77 tok)" in result.stdout
+    assert ["9011", "8022", "7033", "6044", "5055"] in [line.split()[2:] for line in result.stdout.splitlines()]
 
 
 def test_status_without_workers_says_so(cli: Cli, gateway: FakeGateway) -> None:

@@ -10,6 +10,7 @@ from gateway.relay import user_error
 from gateway.settings import GatewayServerSettings
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
 from tandem.errors import Reason, TandemError, from_rpc_error
+from tandem.interceptor import CallCounts
 from tests.fakes.workers import FakeDecode, letters, spelling
 from tests.service.gateway.conftest import Answer, MakeSuite, Suite, collect
 
@@ -231,7 +232,7 @@ async def test_a_worker_that_comes_back_is_used_again(suite: Suite) -> None:
 
 async def test_a_draining_worker_is_not_used(make_suite: MakeSuite) -> None:
     suite = await make_suite(1, 2)
-    suite.decodes[0].say(ready=False)
+    suite.decodes[0].say(condition=operations_pb2.WORKER_CONDITION_DRAINING)
     await suite.until(lambda: sum(worker.ready for worker in suite.gateway.directory.workers) == 2)
     for number in range(3):
         assert (await suite.generate(text=f"hello {number}", stopping={"max_tokens": 2})).error is None
@@ -269,13 +270,15 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_others_are_not(make_su
 
 
 async def test_operators_see_the_suite(suite: Suite) -> None:
-    suite.prefill.say(queued_tokens=77, free_blocks=5)
+    suite.prefill.say(queued_tokens=77, free_blocks=5, requests=CallCounts(received=3, ok=2, failed=1))
     await suite.until(lambda: any(worker.queued_tokens == 77 for worker in suite.gateway.directory.workers))
     stub = operations_pb2_grpc.OperationsServiceStub(suite.channel)
     shown = await stub.GetSuite(operations_pb2.GetSuiteRequest())
     prefill, decode = shown.workers
     assert (prefill.role, decode.role) == (operations_pb2.WORKER_ROLE_PREFILL, operations_pb2.WORKER_ROLE_DECODE)
     assert (prefill.queued_tokens, prefill.free_blocks, prefill.ready) == (77, 5, True)
+    assert prefill.requests == operations_pb2.RequestCounts(received=3, ok=2, failed=1)
+    assert prefill.condition == operations_pb2.WORKER_CONDITION_SERVING
     assert (prefill.worker_id, prefill.address) == (suite.prefill.worker_id, suite.prefill.address)
     for trace_id, code in (("zz", grpc.StatusCode.INVALID_ARGUMENT), ("0" * 32, grpc.StatusCode.NOT_FOUND)):
         with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -9,6 +9,7 @@ from opentelemetry import trace
 
 from tandem.api.v1 import operations_pb2
 from tandem.errors import Reason, TandemError
+from tandem.interceptor import CallCounts
 from tandem.status import SERVICE_NAME, StatusServicer, WorkerIdentity, WorkerSnapshot
 from tandem.tracing import configure_tracing, tracer
 from tandem.worker.v1 import kv_pb2, status_pb2
@@ -25,7 +26,7 @@ IDENTITY = WorkerIdentity(
 )
 SNAPSHOT = WorkerSnapshot(
     role=operations_pb2.WORKER_ROLE_PREFILL,
-    ready=True,
+    condition=operations_pb2.WORKER_CONDITION_SERVING,
     queued_requests=1,
     queued_tokens=2,
     running_requests=3,
@@ -33,6 +34,7 @@ SNAPSHOT = WorkerSnapshot(
     total_blocks=5,
     free_blocks=6,
     tokens_per_second=7.5,
+    requests=CallCounts(received=5, ok=2, rejected=1),
 )
 
 
@@ -79,6 +81,8 @@ async def test_first_state_comes_at_once_and_complete():
         max_requests=4,
         tokens_per_second=7.5,
         transports=["shm", "tcp"],
+        condition=operations_pb2.WORKER_CONDITION_SERVING,
+        requests=operations_pb2.RequestCounts(received=5, ok=2, rejected=1),
     )
     await states.aclose()
 
