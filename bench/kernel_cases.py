@@ -32,16 +32,13 @@ MATRICES = {
     "head": (HIDDEN, VOCAB),
 }
 SKINNY_TILES = [
-    Tile(16, 256), Tile(16, 512, 4, 3), Tile(32, 128), Tile(32, 256, 4, 3), Tile(64, 64, 4, 5), Tile(64, 128), Tile(128, 64, 4, 4),
+    Tile(16, 256), Tile(16, 256, 4, 4, 1), Tile(16, 512, 4, 3), Tile(32, 128), Tile(32, 256, 4, 3), Tile(32, 128, 4, 6, 8),
+    Tile(64, 64, 4, 5), Tile(64, 128), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
 ]  # fmt: skip
 VECTOR_TILES = [
-    Tile(8, 512, 4, 2),
-    Tile(4, 1024, 4, 3),
-    Tile(4, 512, 4, 4),
-    Tile(16, 256, 4, 3),
-    Tile(2, 2048, 8, 2),
-    Tile(8, 512, 4, 4),
-]
+    Tile(8, 512, 4, 2, 1), Tile(8, 512, 4, 2, 8), Tile(8, 512, 4, 2, 32), Tile(4, 1024, 4, 3, 32), Tile(4, 512, 4, 4, 32),
+    Tile(4, 1024, 4, 2, 16), Tile(8, 512, 4, 4, 16), Tile(8, 1024, 8, 2, 16),
+]  # fmt: skip
 PREFILL_SHAPES = [Shape(128, 128, 8, 2), Shape(128, 64, 8, 3), Shape(128, 64, 8, 4), Shape(64, 64, 4, 3), Shape(128, 128, 8, 3)]
 STRETCHES = [Stretch(), Stretch(64, 4, 5), Stretch(128, 8, 3), Stretch(128, 4, 3), Stretch(32, 4, 4)]
 
@@ -119,7 +116,7 @@ def _skinny(tunes: bool) -> Iterator[Case]:
     for name, (width, height) in MATRICES.items():
         num_bytes = width * height * 2.0
         weights = [_random(height, width) / 64 for _ in range(_copies(num_bytes))]
-        for rows in (1, 2, 8, 16, 32, 64):
+        for rows in (1, 16, 64) if tunes else (1, 2, 8, 16, 32, 64):
             x = _random(rows, width)
             torch_calls: list[Call] = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
             tiles: list[Tile | None] = [None, *((VECTOR_TILES if rows == 1 else SKINNY_TILES) if tunes else [])]
@@ -138,7 +135,7 @@ def _around(name: str, rows: int) -> Around:
 
 
 def _show(tile: Tile) -> str:
-    return f"[{tile.outputs}x{tile.inputs} warps {tile.num_warps} stages {tile.num_stages}]"
+    return f"[{tile.outputs}x{tile.inputs} warps {tile.num_warps} stages {tile.num_stages} ahead {tile.ahead}]"
 
 
 def _drawing() -> Iterator[Case]:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,13 @@ def _products() -> Iterator[Build]:
             if norms and rows > 1:
                 constants = constants | {"NORMS": False}
             tile = skinny_linear.choose_tile(rows, height)
-            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
+            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages, "AHEAD": tile.ahead}
             yield Build(f"skinny {rows} rows, {name}", kernel, constants | sizes, tile.num_warps)
 
 
 def examine(build: Build) -> Resources:
     """Compiles to machine code. Raises triton's CompilationError."""
+    build = _as_launched(build)
     names = build.kernel.arg_names
     types = {name: _type_of(name, build) for name in names}
     aligned = [name for name in names if types[name].startswith("*") or name in ("width", "height", "words") or "stride" in name]
@@ -117,6 +118,11 @@ def examine(build: Build) -> Resources:
     usage, code = _disassemble(compiled.asm["cubin"])
     used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     return Resources(int(used["REG"]), int(used["STACK"]), compiled.metadata.shared, _longest_loop(code))
+
+
+def _as_launched(build: Build) -> Build:
+    """With the constants that every launch on a Hopper has."""
+    return replace(build, constants=build.constants | {"EARLY": True}) if "EARLY" in build.kernel.arg_names else build
 
 
 def _type_of(name: str, build: Build) -> str:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from llm.gpu.tiles import Tiles
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
 
 _PROGRAMS = 528
 """Programs that fill a chip of 132 multiprocessors four times over."""
@@ -40,8 +41,10 @@ def _paged_attention_kernel(
     qkv_stride, out_stride, block_stride, kv_stride, head_stride, scale, least_tokens,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     KEPT: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_inputs(EARLY)
     count = tl.load(tile_counts_ptr + tile)
     first_position = tl.load(tile_positions_ptr + tile)
     length = first_position + count
@@ -165,7 +168,7 @@ class PagedAttention:
             GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, PAGE=page, ROWS=max(16, kept), KEPT=kept, TOKENS=stretch.tokens,
             SPLITS=splits,
             CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=stretch.num_stages,
-            num_warps=stretch.num_warps if kept <= 64 else 8,
+            num_warps=stretch.num_warps if kept <= 64 else 8, **dependent_launch(),
         )  # fmt: skip
         return out
 

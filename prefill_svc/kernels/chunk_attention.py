@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from llm.gpu.tiles import Tiles
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def _chunk_attention_kernel(
     qkv_ptr, pool_ptr, out_ptr, tile_sequences_ptr, tile_rows_ptr, tile_counts_ptr, tile_positions_ptr, block_starts_ptr,
     block_ids_ptr, qkv_stride, out_stride, block_stride, kv_stride, head_stride, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
+    wait_for_inputs(EARLY)
     count = tl.load(tile_counts_ptr + tile)
     first_position = tl.load(tile_positions_ptr + tile)
     first_row = tl.load(tile_rows_ptr + tile).to(tl.int64)
@@ -122,5 +124,6 @@ class ChunkAttention:
             qkv.stride(0), out.stride(0), view.stride(0), view.stride(1), view.stride(2), math.log2(math.e) / math.sqrt(head_dim),
             GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, COLUMNS=triton.next_power_of_2(head_dim), PAGE=page, ROWS=rows,
             TOKENS=shape.tokens, STAGES=shape.num_stages, num_warps=shape.num_warps,
+            **dependent_launch(),
         )  # fmt: skip
         return out

@@ -11,13 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+
 _BLOCK = 4096
 
 
 @triton.jit
-def _argmax_kernel(logits_ptr, keys_ptr, counters_ptr, out_ptr, width, stride, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_kernel(
+    logits_ptr, keys_ptr, counters_ptr, out_ptr, width, stride, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     row, part = tl.program_id(0), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(EARLY)
     values = tl.load(logits_ptr + row.to(tl.int64) * stride + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
     bits = values.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
@@ -47,5 +52,14 @@ class Argmax:
         """logits [n, vocab] -> out [n] int32. One call at a time."""
         rows, width = logits.shape
         _argmax_kernel[(rows, triton.cdiv(width, _BLOCK))](
-            logits, self._keys, self._counters, out, width, logits.stride(0), PARTS=self._keys.shape[1], BLOCK=_BLOCK, num_warps=8
+            logits,
+            self._keys,
+            self._counters,
+            out,
+            width,
+            logits.stride(0),
+            PARTS=self._keys.shape[1],
+            BLOCK=_BLOCK,
+            num_warps=8,
+            **dependent_launch(),
         )

@@ -8,12 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+
 
 @triton.jit
-def _embed_kernel(table_ptr, ids_ptr, sources_ptr, drawn_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _embed_kernel(table_ptr, ids_ptr, sources_ptr, drawn_ptr, out_ptr, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    wait_for_inputs(EARLY)
     source = tl.load(sources_ptr + row)
     token = tl.load(ids_ptr + row).to(tl.int64)
     drawn = tl.load(drawn_ptr + tl.maximum(source, 0)).to(tl.int64)
@@ -31,7 +34,9 @@ def embed(table: torch.Tensor, token_ids: torch.Tensor, sources: torch.Tensor, d
     out = torch.empty(rows, width, dtype=table.dtype, device=table.device)
     block = min(2048, triton.next_power_of_2(width))
     if rows:
-        _embed_kernel[(rows, triton.cdiv(width, block))](table, token_ids, sources, drawn, out, width, BLOCK=block, num_warps=4)
+        _embed_kernel[(rows, triton.cdiv(width, block))](
+            table, token_ids, sources, drawn, out, width, BLOCK=block, num_warps=4, **dependent_launch()
+        )
     return out
 
 

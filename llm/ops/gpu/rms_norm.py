@@ -11,16 +11,29 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, out_ptr, x_stride, delta_stride, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    delta_stride,
+    width,
+    eps,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(EARLY)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if ADDS:
         delta = tl.load(delta_ptr + row * delta_stride + columns, mask=inside, other=0.0)
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x_ptr.dtype.element_ty)
@@ -32,12 +45,21 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _head_norm_kernel(
-    qkv_ptr, query_norm_ptr, key_norm_ptr, stride, num_query_heads, eps, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
+    qkv_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    stride,
+    num_query_heads,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < HEAD_DIM
     place = qkv_ptr + row * stride + head * HEAD_DIM + columns
+    wait_for_inputs(EARLY)
     x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     norm_ptr = query_norm_ptr if head < num_query_heads else key_norm_ptr
     weight = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -66,7 +88,16 @@ def head_norm(qkv: torch.Tensor, query_norm: torch.Tensor, key_norm: torch.Tenso
     grid = (rows, num_query_heads + num_kv_heads)
     block = triton.next_power_of_2(head_dim)
     _head_norm_kernel[grid](
-        qkv, query_norm, key_norm, qkv.stride(0), num_query_heads, eps, HEAD_DIM=head_dim, BLOCK=block, num_warps=1
+        qkv,
+        query_norm,
+        key_norm,
+        qkv.stride(0),
+        num_query_heads,
+        eps,
+        HEAD_DIM=head_dim,
+        BLOCK=block,
+        num_warps=1,
+        **dependent_launch(),
     )
 
 
@@ -78,5 +109,16 @@ def _launch(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, e
     other = x if delta is None else delta
     warps = max(1, min(16, block // 512))
     _rms_norm_kernel[(rows,)](
-        x, other, weight, out, x.stride(0), other.stride(0), width, eps, ADDS=delta is not None, BLOCK=block, num_warps=warps
+        x,
+        other,
+        weight,
+        out,
+        x.stride(0),
+        other.stride(0),
+        width,
+        eps,
+        ADDS=delta is not None,
+        BLOCK=block,
+        num_warps=warps,
+        **dependent_launch(),
     )

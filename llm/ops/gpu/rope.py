@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+
 _HEADS = 16
 
 
@@ -37,12 +39,14 @@ class Angles:
 def _rotate_and_write_kernel(
     qkv_ptr, cos_ptr, sin_ptr, rows_ptr, blocks_ptr, offsets_ptr, pool_ptr, stride, block_stride, kv_stride, head_stride,
     num_query_heads, num_kv_heads, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, HEADS: tl.constexpr, LOOKS_UP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     columns = tl.arange(0, BLOCK_HALF)
     inside = (heads < num_query_heads + 2 * num_kv_heads) & (columns < HALF)[None, :]
     place = qkv_ptr + row * stride + heads * (2 * HALF) + columns[None, :]
+    wait_for_inputs(EARLY)
     first = tl.load(place, mask=inside, other=0.0)
     second = tl.load(place + HALF, mask=inside, other=0.0)
     angle = row
@@ -77,5 +81,5 @@ def rotate_and_write(qkv: torch.Tensor, angles: Angles, places: KvPlaces, pool: 
         qkv, angles.cos, angles.sin, places.blocks if angles.rows is None else angles.rows, places.blocks, places.offsets, view,
         qkv.stride(0), view.stride(0), view.stride(1), view.stride(2), num_heads - 2 * num_kv_heads, num_kv_heads,
         HALF=head_dim // 2, BLOCK_HALF=triton.next_power_of_2(head_dim // 2), HEADS=heads, LOOKS_UP=angles.rows is not None,
-        num_warps=4,
+        num_warps=4, **dependent_launch(),
     )  # fmt: skip

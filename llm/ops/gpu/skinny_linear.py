@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.dependent_launch import dependent_launch, read_ahead, wait_for_inputs
 from llm.ops.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
@@ -29,6 +30,8 @@ class Tile:
     inputs: int
     num_warps: int = 4
     num_stages: int = 4
+    ahead: int = 16
+    """Pieces of 256 bytes of each output's weights that are read ahead, a power of two."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,21 @@ class Around:
 
 
 @triton.jit
+def _read_weights_ahead(weight_ptr, outputs, width, height, SILU: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD * 256 bytes of each output's weights, or all of them: more would push out what others have read ahead."""
+    starts = tl.minimum(tl.arange(0, AHEAD) * 128, width - 128)
+    pointers = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + starts[None, :]
+    read_ahead(pointers)
+    if SILU:
+        read_ahead(pointers + height.to(tl.int64) * width)
+
+
+@triton.jit
 def _skinny_kernel(
     x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """NORMS is for _vector_kernel: here it would cost each program more instructions than the product itself."""
     tl.static_assert(not NORMS)
@@ -60,6 +74,9 @@ def _skinny_kernel(
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
     values = x_ptr + rows[None, :] * x_stride + inputs[:, None]
+    if EARLY:
+        _read_weights_ahead(weight_ptr, outputs, width, height, SILU, AHEAD)
+    wait_for_inputs(EARLY)
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     second = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     for start in tl.range(0, width, INPUTS, num_stages=STAGES):
@@ -93,11 +110,15 @@ def _vector_kernel(
     x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for one row, without the matrix unit: W goes straight to registers, 16 bytes a thread."""
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
+    if EARLY:
+        _read_weights_ahead(weight_ptr, outputs, width, height, SILU, AHEAD)
+    wait_for_inputs(EARLY)
     totals = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
     seconds = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
     squares = tl.zeros((INPUTS,), dtype=tl.float32)
@@ -153,6 +174,9 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     inputs = min(tile.inputs, max(16, triton.next_power_of_2(width)))
     padded = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
     kernel = _vector_kernel if rows == 1 else _skinny_kernel
+    launch = dependent_launch()
+    if (width * weight.element_size()) % 256 != 0 or weight.element_size() != 2:
+        launch = {"EARLY": False}
     unused = weight
     if rows:
         kernel[(triton.cdiv(height, tile.outputs), triton.cdiv(rows, padded))](
@@ -160,7 +184,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
             rows, width, height, x.stride(0), around.eps,
             NORMS=around.norm is not None, BIAS=around.bias is not None, ADDS=around.residual is not None, SILU=around.silu_mul,
             EVEN=width % inputs == 0, ROWS=padded, OUTPUTS=tile.outputs, INPUTS=inputs, STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            AHEAD=tile.ahead, num_warps=tile.num_warps, **launch,
         )  # fmt: skip
     return out
 
