@@ -1,5 +1,6 @@
 """Which sequences take part in the next decode step. Pure policy: no tensors, no gRPC, no clock."""
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class SequenceState:
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     stage: Stage = Stage.PULLING
+    deadline: float = math.inf
+    """On the engine's clock."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,12 +82,15 @@ class DecodeBatcher:
         self._in_flight: set[SequenceState] = set()
 
     def reserve(self, sequence: SequenceState) -> None:
-        """Gives a new sequence blocks for its tokens and one more; QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room."""
+        """Gives a new sequence blocks for its tokens and one more.
+
+        Raises QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room, POOL_TOO_SMALL if there never is.
+        """
         if len(self._sequences) >= self._limits.max_sequences:
             raise TandemError(Reason.QUEUE_FULL, f"{len(self._sequences)} sequences are already here", retry_after_s=1.0)
         if self._blocks_for(sequence.max_total_tokens) > self._allocator.num_blocks:
             message = f"{sequence.max_total_tokens} tokens never fit this worker's {self._allocator.num_blocks} KV blocks"
-            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message)
+            raise TandemError(Reason.POOL_TOO_SMALL, message)
         needed = self._blocks_for(sequence.num_tokens + 1)
         room = self._allocator.num_free - self._blocks_owed()
         if needed > room:
@@ -98,6 +104,10 @@ class DecodeBatcher:
         assert sequence.stage is Stage.PULLING, sequence.stage
         sequence.num_computed_tokens = num_computed_tokens
         sequence.stage = Stage.ACTIVE
+
+    def expired(self, now: float) -> list[SequenceState]:
+        """Sequences whose deadline has passed, to be closed; not those whose blocks are still being written to by a pull."""
+        return [sequence for sequence in self._sequences if sequence.deadline <= now and sequence.stage is not Stage.PULLING]
 
     def schedule(self) -> list[Run]:
         """The next step's runs; `complete` must follow."""

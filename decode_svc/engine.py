@@ -54,9 +54,12 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine failed; nothing more will come."""
+    """The engine failed, or the deadline has passed; nothing more will come."""
 
     error: TandemError
+
+
+_LATE = Failed(TandemError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the completion ended"))
 
 
 DecodeEvent = Drawn | Ended | Failed
@@ -117,7 +120,9 @@ class DecodeEngine:
         *,
         on_failure: Callable[[Exception], None],
         on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self._runner = runner
         self._allocator = allocator
         self._batcher = batcher
@@ -139,7 +144,7 @@ class DecodeEngine:
     def reserve(self, job: DecodeJob) -> Sequence[int]:
         """Takes a job in and returns its blocks; the caller must `close` it.
 
-        Raises QUEUE_FULL, KV_BLOCKS_EXHAUSTED, ENGINE_FAILED.
+        Raises QUEUE_FULL, KV_BLOCKS_EXHAUSTED, POOL_TOO_SMALL, ENGINE_FAILED.
         """
         with self._lock:
             if self._failure is not None:
@@ -188,8 +193,16 @@ class DecodeEngine:
         self._thread.wake()
         self._on_change()
 
+    def _expire(self) -> None:
+        """Lock held."""
+        late = [self._jobs.pop(sequence) for sequence in self._batcher.expired(self.clock())]
+        for job in late:
+            self._batcher.close(job.sequence)
+        self._courier.send([(job.mailbox, _LATE) for job in late])
+
     def _schedule(self) -> list[tuple[Run, DecodeJob]]:
         with self._lock:
+            self._expire()
             work = [(run, self._jobs[run.sequence]) for run in self._batcher.schedule()]
         now = time.monotonic_ns()
         for _, job in work:

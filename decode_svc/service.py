@@ -17,12 +17,13 @@ from kvtransfer.ticket import KvTicket
 from kvtransfer.wire import ticket_from_proto
 from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
+from tandem.attempts import Attempts
 from tandem.clock import wall_ns
 from tandem.errors import Reason, TandemError
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc
-from tandem.worker_requests import ModelLimits, check_request
+from tandem.worker_requests import ModelLimits, check_request, deadline_of
 
 _FINISH_REASONS = {
     EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -38,6 +39,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._engine = engine
         self._puller = puller
         self._limits = limits
+        self._attempts = Attempts()
         self._releases: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -48,15 +50,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         ticket = ticket_from_proto(request.ticket)
         check_ticket(request, ticket)
         self._puller.check(ticket)
-        job = job_from(request)
-        block_ids = self._engine.reserve(job)
-        try:
-            run = _DecodeRun(request, context, job, self._engine)
-            result = await self._pull(run, ticket, block_ids)
-            self._engine.activate(job, result.first_token_id)
-            await run.serve(result)
-        finally:
-            self._engine.close(job)
+        job = job_from(request, deadline_of(context.time_remaining(), self._engine.clock()))
+        with self._attempts.entered(request.request_id, request.attempt):
+            block_ids = self._engine.reserve(job)
+            try:
+                run = _DecodeRun(request, context, job, self._engine)
+                result = await self._pull(run, ticket, block_ids)
+                self._engine.activate(job, result.first_token_id)
+                await run.serve(result)
+            finally:
+                self._engine.close(job)
+
+    async def wait_idle(self) -> None:
+        """Returns once no request is here."""
+        await self._attempts.wait_idle()
 
     async def close(self) -> None:
         """Waits for releases under way."""
@@ -180,11 +187,11 @@ def check_ticket(request: decode_pb2.DecodeRequest, ticket: KvTicket) -> None:
         raise TandemError(Reason.INVALID_REQUEST, f"attempt {request.attempt} brings a ticket of epoch {ticket.epoch}")
 
 
-def job_from(request: decode_pb2.DecodeRequest) -> DecodeJob:
-    """The engine's view of a request."""
+def job_from(request: decode_pb2.DecodeRequest, deadline: float) -> DecodeJob:
+    """The engine's view of a request; `deadline` is on the engine's clock."""
     rule = request.stop_rule
     return DecodeJob(
-        sequence=SequenceState(list(request.token_ids), max_total_tokens=request.num_prompt_tokens + rule.max_tokens),
+        sequence=SequenceState(list(request.token_ids), request.num_prompt_tokens + rule.max_tokens, deadline=deadline),
         num_prompt_tokens=request.num_prompt_tokens,
         sampling=SamplingParams(**sampling_values(request.sampling)),
         stop_rule=StopRule(frozenset(rule.end_token_ids), rule.min_tokens, rule.max_tokens),

@@ -28,7 +28,7 @@ TICKET_UNDER_WAY_S = 0.1
 LAST_WORDS_S = 0.5
 
 # A decode worker that says one of these before it has reserved blocks leaves the ticket as it was.
-_REFUSALS = frozenset({Reason.QUEUE_FULL, Reason.KV_BLOCKS_EXHAUSTED, Reason.DRAINING, Reason.LOADING})
+_REFUSALS = frozenset({Reason.QUEUE_FULL, Reason.KV_BLOCKS_EXHAUSTED, Reason.POOL_TOO_SMALL, Reason.DRAINING, Reason.LOADING})
 # The worker, or what it held for the request, is gone.
 _LOSSES = frozenset(
     {

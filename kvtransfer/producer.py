@@ -125,6 +125,10 @@ class KvProducer:
         """An outstanding ticket's blocks."""
         return self._outboxes[ticket_id].entry.block_ids
 
+    def is_outstanding(self, ticket_id: str) -> bool:
+        """Whether the ticket's blocks have not been freed."""
+        return self._ledger.get(ticket_id) is not None
+
     def renew(self, ticket_id: str) -> None:
         """The ticket's consumer is at work: the lease begins anew."""
         entry = self._ledger.get(ticket_id)

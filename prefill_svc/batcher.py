@@ -1,5 +1,6 @@
 """Which tokens of which prompts the next step computes. Pure policy: no tensors, no gRPC, no clock."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ class PromptState:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     closed: bool = False
+    deadline: float = math.inf
+    """On the engine's clock."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,11 +68,11 @@ class PrefillBatcher:
         self._in_flight: set[PromptState] = set()
 
     def submit(self, prompt: PromptState) -> None:
-        """Queues a prompt; KV_BLOCKS_EXHAUSTED if no pool of this size ever holds it, QUEUE_FULL if too many wait."""
+        """Queues a prompt; POOL_TOO_SMALL if no pool of this size ever holds it, QUEUE_FULL if too many wait."""
         needed = -(-prompt.num_tokens // self._allocator.block_tokens)
         if needed > self._allocator.num_blocks:
             message = f"the prompt needs {needed} KV blocks, this worker has {self._allocator.num_blocks} in all"
-            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message, metadata={"needed_blocks": str(needed)})
+            raise TandemError(Reason.POOL_TOO_SMALL, message, metadata={"needed_blocks": str(needed)})
         if self.num_prompts >= self._limits.max_prompts:
             raise TandemError(Reason.QUEUE_FULL, f"{self.num_prompts} prompts are already here", retry_after_s=1.0)
         self._waiting.append(prompt)
@@ -88,6 +91,10 @@ class PrefillBatcher:
             self._running.append(self._waiting.popleft())
             admitted.append(prompt)
         return admitted
+
+    def expired(self, now: float) -> list[PromptState]:
+        """Prompts whose deadline has passed, to be closed."""
+        return [prompt for prompt in (*self._waiting, *self._running) if prompt.deadline <= now]
 
     def schedule(self) -> list[Chunk]:
         """The next step: packed chunks of the oldest prompts, `token_budget` tokens at most. `complete` must follow."""

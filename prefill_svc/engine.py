@@ -44,9 +44,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine failed; nothing more will come."""
+    """The engine failed, or the deadline has passed; nothing more will come."""
 
     error: TandemError
+
+
+_LATE = Failed(TandemError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the prompt was computed"))
 
 
 PrefillEvent = Admitted | Progress | Finished | Failed
@@ -97,7 +100,9 @@ class PrefillEngine:
         *,
         on_failure: Callable[[Exception], None],
         on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self._runner = runner
         self._allocator = allocator
         self._batcher = batcher
@@ -117,7 +122,7 @@ class PrefillEngine:
         return self._thread.stop(timeout_s)
 
     def submit(self, job: PrefillJob) -> None:
-        """Queues a job; the caller must `close` it, however it ends. Raises KV_BLOCKS_EXHAUSTED, QUEUE_FULL, ENGINE_FAILED."""
+        """Queues a job; the caller must `close` it, however it ends. Raises POOL_TOO_SMALL, QUEUE_FULL, ENGINE_FAILED."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure.error
@@ -169,12 +174,21 @@ class PrefillEngine:
         self._on_change()
 
     def _admit(self) -> None:
-        """Lock held. Events of admission leave before any event of the step that follows it."""
+        """Lock held. Nothing begins after its deadline. Events of admission leave before any event of the step that follows it."""
+        self._expire()
         admitted = self._batcher.admit()
         self._courier.send([(self._jobs[p].mailbox, Admitted(p.block_ids, p.num_cached_tokens)) for p in admitted])
 
+    def _expire(self) -> None:
+        """Lock held."""
+        late = [self._jobs.pop(prompt) for prompt in self._batcher.expired(self.clock())]
+        for job in late:
+            self._batcher.close(job.prompt)
+        self._courier.send([(job.mailbox, _LATE) for job in late])
+
     def _schedule(self) -> list[tuple[Chunk, PrefillJob]]:
         with self._lock:
+            self._admit()
             work = [(chunk, self._jobs[chunk.prompt]) for chunk in self._batcher.schedule()]
         now = time.monotonic_ns()
         for _, job in work:

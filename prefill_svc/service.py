@@ -1,6 +1,5 @@
 """PrefillService: one coroutine per request between the gateway, the engine and the ticket ledger."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 
@@ -13,12 +12,13 @@ from kvtransfer.wire import ticket_to_proto
 from llm.sampling_params import SamplingParams
 from prefill_svc.batcher import PromptState
 from prefill_svc.engine import Admitted, Failed, Finished, PrefillEngine, PrefillEvent, PrefillJob, Progress
+from tandem.attempts import Attempt, Attempts
 from tandem.clock import wall_ns
 from tandem.errors import Reason, TandemError
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
 from tandem.worker.v1 import prefill_pb2, prefill_pb2_grpc
-from tandem.worker_requests import ModelLimits, check_request
+from tandem.worker_requests import ModelLimits, check_request, deadline_of
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -29,34 +29,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._producer = producer
         self._model_digest = model_digest
         self._limits = limits
-        self._num_running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._attempts = Attempts(producer.is_outstanding)
         self.draining = False
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
         self._check(request)
-        job = job_from(request)
-        run = _PrefillRun(request, context, job, self._producer, self._engine)
-        self._engine.submit(job)
-        self._count(1)
-        try:
-            await run.serve()
-        finally:
-            run.close()
-            self._engine.close(job)
-            self._count(-1)
+        job = job_from(request, deadline_of(context.time_remaining(), self._engine.clock()))
+        with self._attempts.entered(request.request_id, request.attempt) as attempt:
+            run = _PrefillRun(request, context, job, self._producer, self._engine, attempt=attempt)
+            self._engine.submit(job)
+            try:
+                await run.serve()
+            finally:
+                run.close()
+                self._engine.close(job)
 
     async def wait_idle(self) -> None:
         """Returns once no request is here."""
-        await self._idle.wait()
-
-    def _count(self, change: int) -> None:
-        self._num_running += change
-        if self._num_running:
-            self._idle.clear()
-        else:
-            self._idle.set()
+        await self._attempts.wait_idle()
 
     def _check(self, request: prefill_pb2.PrefillRequest) -> None:
         if self.draining:
@@ -77,12 +67,15 @@ class _PrefillRun:
         job: PrefillJob,
         producer: KvProducer,
         engine: PrefillEngine,
+        *,
+        attempt: Attempt,
     ) -> None:
         self._request = request
         self._context = context
         self._job = job
         self._producer = producer
         self._engine = engine
+        self._attempt = attempt
         self._ticket: KvTicket | None = None
         self._finished = False
         self._arrived_ns = time.monotonic_ns()
@@ -115,6 +108,7 @@ class _PrefillRun:
         if not self._request.first_token_only:
             self._engine.share(event.block_ids)
             self._ticket = self._producer.grant(self._request.attempt, self._job.prompt.num_tokens, event.block_ids)
+            self._attempt.ticket_id = self._ticket.ticket_id
             self._producer.progress(self._ticket.ticket_id, self._num_full_blocks(event.num_cached_tokens))
             ticket = ticket_to_proto(self._ticket)
         admitted = prefill_pb2.Admitted(ticket=ticket, cached_tokens=event.num_cached_tokens)
@@ -150,13 +144,13 @@ class _PrefillRun:
         return len(prompt.block_ids) if num_tokens == prompt.num_tokens else num_tokens // self._producer.block_tokens
 
 
-def job_from(request: prefill_pb2.PrefillRequest) -> PrefillJob:
-    """The engine's view of a request."""
+def job_from(request: prefill_pb2.PrefillRequest, deadline: float) -> PrefillJob:
+    """The engine's view of a request; `deadline` is on the engine's clock."""
     token_ids: Sequence[int] = list(request.token_ids)
     num_completed = len(token_ids) - request.num_prompt_tokens
     forbidden = list(request.stop_rule.end_token_ids) if num_completed < request.stop_rule.min_tokens else []
     return PrefillJob(
-        prompt=PromptState(token_ids, use_prefix_cache=not request.HasField("prompt_logprobs")),
+        prompt=PromptState(token_ids, use_prefix_cache=not request.HasField("prompt_logprobs"), deadline=deadline),
         num_prompt_tokens=request.num_prompt_tokens,
         sampling=SamplingParams(**sampling_values(request.sampling)),
         forbidden_token_ids=forbidden,

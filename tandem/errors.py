@@ -32,6 +32,8 @@ class Reason(StrEnum):
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     UNKNOWN_SERVICE = "UNKNOWN_SERVICE"
     UNIMPLEMENTED = "UNIMPLEMENTED"
+    POOL_TOO_SMALL = "POOL_TOO_SMALL"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
     QUEUE_FULL = "QUEUE_FULL"
     KV_BLOCKS_EXHAUSTED = "KV_BLOCKS_EXHAUSTED"
     SLOW_READER = "SLOW_READER"
@@ -81,6 +83,8 @@ TABLE: Mapping[Reason, Row] = MappingProxyType(
         Reason.UNKNOWN_MODEL: Row("NOT_FOUND", extra="resource"),
         Reason.UNKNOWN_SERVICE: Row("NOT_FOUND"),
         Reason.UNIMPLEMENTED: Row("UNIMPLEMENTED"),
+        Reason.POOL_TOO_SMALL: Row("INVALID_ARGUMENT"),
+        Reason.ALREADY_EXISTS: Row("ALREADY_EXISTS"),
         Reason.QUEUE_FULL: Row("RESOURCE_EXHAUSTED", retry_after_s=1.0, extra="quota"),
         Reason.KV_BLOCKS_EXHAUSTED: Row("RESOURCE_EXHAUSTED", retry_after_s=1.0, extra="quota"),
         Reason.SLOW_READER: Row("RESOURCE_EXHAUSTED", retry_after_s=1.0),
@@ -108,6 +112,7 @@ REASON_OF_FOREIGN_CODE: Mapping[str, Reason] = MappingProxyType(
         "INVALID_ARGUMENT": Reason.INVALID_REQUEST,
         "DEADLINE_EXCEEDED": Reason.DEADLINE_EXCEEDED,
         "NOT_FOUND": Reason.UNKNOWN_SERVICE,
+        "ALREADY_EXISTS": Reason.ALREADY_EXISTS,
         "RESOURCE_EXHAUSTED": Reason.MESSAGE_TOO_LARGE,
         "UNIMPLEMENTED": Reason.UNIMPLEMENTED,
         "UNAVAILABLE": Reason.WORKER_LOST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +48,15 @@ def check_request(request: WorkerRequest, limits: ModelLimits) -> None:
     _refuse(Reason.INVALID_SAMPLING, [*_sampling(request.sampling)])
 
 
+def deadline_of(remaining_s: float | None, now: float) -> float:
+    """When a request must have ended that has `remaining_s` seconds left, if it has a limit. DEADLINE_EXCEEDED if that is now."""
+    if remaining_s is None:
+        return math.inf
+    if remaining_s <= 0:
+        raise TandemError(Reason.DEADLINE_EXCEEDED, "the deadline had passed before the request could begin")
+    return now + remaining_s
+
+
 def _refuse(reason: Reason, violations: list[FieldViolation]) -> None:
     if violations:
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
@@ -75,6 +85,8 @@ def _stop_rule(request: WorkerRequest, limits: ModelLimits) -> Violations:
 
 
 def _numbers(request: WorkerRequest) -> Violations:
+    if not request.request_id:
+        yield FieldViolation("request_id", "must be set")
     if request.attempt < 1:
         yield FieldViolation("attempt", "counts from 1")
     for name in ("logprobs", "prompt_logprobs"):

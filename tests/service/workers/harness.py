@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ def sampling(**fields: float) -> generation_pb2.SamplingParams:
 
 def prefill_request(prompt: Sequence[int], max_tokens: int = 8, **fields: object) -> prefill_pb2.PrefillRequest:
     values: dict[str, object] = {
-        "request_id": "r",
+        "request_id": uuid.uuid4().hex,
         "attempt": 1,
         "model_digest": FILES.digest,
         "token_ids": prompt,

@@ -42,6 +42,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "frequency_penalty NaN": {"sampling": sampling(frequency_penalty=NAN)},
 }
 REQUESTS: dict[str, dict[str, Any]] = {
+    "no request id": {"request_id": ""},
     "attempt 0": {"attempt": 0},
     "no tokens": {"token_ids": []},
     "token outside of the vocabulary": {"token_ids": [*PROMPT[:-1], VOCABULARY_SIZE]},

@@ -9,6 +9,7 @@ import pytest
 from tandem.api.v1 import generation_pb2
 from tandem.errors import Reason, from_rpc_error
 from tandem.worker.v1 import prefill_pb2
+from tandem.worker.v1.prefill_pb2_grpc import PrefillServiceStub as PrefillStub
 from tests.fakes.runner import completion
 from tests.service.workers.harness import (
     Pair,
@@ -99,14 +100,18 @@ async def test_preempted_sequences_finish_with_the_same_tokens() -> None:
     prompts = [[index, *PROMPT[:9]] for index in range(4)]
     async with node("prefill") as prefill, node("decode", num_blocks=13) as decode:
         nodes = Pair(prefill, decode)
-        answers = await asyncio.gather(*(generate(nodes, prefill_request(prompt, max_tokens=20)) for prompt in prompts))
+        with held(decode):
+            answering = [asyncio.create_task(generate(nodes, prefill_request(prompt, max_tokens=20))) for prompt in prompts]
+            await decode.until(lambda load: load.num_waiting + load.num_active == 4)
+        answers = await asyncio.gather(*answering)
         assert [tokens for tokens, _ in answers] == [completion(prompt, 20) for prompt in prompts]
         assert sum(finished.num_preemptions for _, finished in answers) > 0
         await decode.wait_idle()
 
 
 async def test_decode_refuses_before_anything_is_pulled() -> None:
-    async with node("prefill") as prefill, node("decode", num_blocks=3) as decode:
+    async with node("prefill") as prefill, node("decode", num_blocks=9) as decode:
+        decode.allocator.allocate(6)
         request = prefill_request(PROMPT[:14], max_tokens=20)
         with held(prefill) as entered:
             call = open_prefill(prefill, request)
@@ -199,3 +204,54 @@ async def test_a_broken_engine_fails_its_requests_and_ends_the_process() -> None
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 [event async for event in open_prefill(prefill, prefill_request(PROMPT))]
             assert from_rpc_error(caught.value).reason is Reason.ENGINE_FAILED
+
+
+async def test_an_attempt_is_executed_once_also_after_its_call_while_its_ticket_lives() -> None:
+    async with pair() as nodes:
+        request = prefill_request(PROMPT)
+        with held(nodes.prefill):
+            prefill = open_prefill(nodes.prefill, request)
+            admitted = (await prefill.read()).admitted
+            assert await _refusal(open_prefill(nodes.prefill, request)) is Reason.ALREADY_EXISTS
+        await _drained(prefill)
+        assert await _refusal(open_prefill(nodes.prefill, request)) is Reason.ALREADY_EXISTS
+        with held(nodes.decode):
+            decode = open_decode(nodes.decode, decode_request(admitted, request))
+            await decode.read()
+            assert await _refusal(open_decode(nodes.decode, decode_request(admitted, request))) is Reason.ALREADY_EXISTS
+        await _drained(decode)
+        await nodes.prefill.wait_idle()
+        assert sum(map(sum, nodes.prefill.runner.sizes)) == len(PROMPT)
+        assert (await generate(nodes, request))[0] == completion(PROMPT, 8)
+
+
+async def test_nothing_begins_after_its_deadline() -> None:
+    async with pair() as nodes:
+        with held(nodes.prefill):
+            call = PrefillStub(nodes.prefill.channel).Prefill(prefill_request(PROMPT), timeout=0.05)
+            assert await _refusal(call) is Reason.DEADLINE_EXCEEDED
+            await nodes.prefill.until(lambda load: load.num_running == 0)
+        await nodes.prefill.wait_idle()
+        computed = len(nodes.prefill.runner.sizes)
+        with held(nodes.prefill):
+            big = open_prefill(nodes.prefill, prefill_request(list(range(250))))
+            await big.read()
+            waiting = PrefillStub(nodes.prefill.channel).Prefill(prefill_request(PROMPT), timeout=0.05)
+            assert await _refusal(waiting) is Reason.DEADLINE_EXCEEDED
+            await nodes.prefill.until(lambda load: load.num_waiting == 0)
+            big.cancel()
+            await nodes.prefill.until(lambda load: load.num_running == 0)
+        await nodes.prefill.wait_idle()
+        assert len(nodes.prefill.runner.sizes) == computed + 1
+
+
+async def _drained(call: grpc.aio.UnaryStreamCall) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def _refusal(call: grpc.aio.UnaryStreamCall) -> Reason:
+    """The error that ends a call, whatever came before."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _drained(call)
+    return from_rpc_error(caught.value).reason

@@ -71,7 +71,8 @@ def test_what_never_fits_is_refused() -> None:
     batcher, _ = make(num_blocks=3)
     with pytest.raises(TandemError) as caught:
         batcher.reserve(SequenceState([1], max_total_tokens=13))
-    assert caught.value.reason is Reason.KV_BLOCKS_EXHAUSTED
+    assert caught.value.reason is Reason.POOL_TOO_SMALL
+    assert caught.value.retry_after_s is None
 
 
 def test_the_youngest_gives_way_and_is_computed_again_in_chunks() -> None:

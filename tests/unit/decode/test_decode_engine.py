@@ -37,10 +37,17 @@ class Bench:
         self.runner, self.allocator = Runner(), BlockAllocator(num_blocks, BLOCK_TOKENS, prefix_cache=False)
         self.failures: list[Exception] = []
         self.num_changes = 0
+        self.now = 0.0
         batcher = DecodeBatcher(self.allocator, BatcherLimits())
         courier = Courier(asyncio.get_running_loop())
         self.engine = DecodeEngine(
-            self.runner, self.allocator, batcher, courier, on_failure=self.failures.append, on_change=self._changed
+            self.runner,
+            self.allocator,
+            batcher,
+            courier,
+            on_failure=self.failures.append,
+            on_change=self._changed,
+            clock=lambda: self.now,
         )  # type: ignore[arg-type]
 
     @property
@@ -141,3 +148,34 @@ async def test_after_a_failure_everybody_is_told_and_nobody_else_taken_in() -> N
     assert bench.failures == [failure]
     for each in (active, pulling):
         bench.engine.close(each)
+
+
+async def test_a_late_sequence_ends_before_the_next_step_and_gives_its_blocks_back() -> None:
+    bench = Bench()
+    late, other = job(), job()
+    late.sequence.deadline = 1.0
+    for each in (late, other):
+        bench.engine.reserve(each)
+        bench.engine.activate(each, 5)
+    bench.engine.step()
+    bench.now = 1.0
+    bench.engine.step()
+    assert (late.num_completion_tokens, other.num_completion_tokens) == (2, 3)
+    await asyncio.sleep(0)
+    *_, last = await late.mailbox.take()
+    assert isinstance(last, Failed) and last.error.reason is Reason.DEADLINE_EXCEEDED
+    bench.engine.close(late)
+    bench.engine.close(other)
+    assert bench.idle
+
+
+async def test_blocks_that_a_pull_still_writes_to_stay_when_the_deadline_passes() -> None:
+    bench = Bench()
+    late = job()
+    late.sequence.deadline = 1.0
+    bench.engine.reserve(late)
+    bench.now = 2.0
+    bench.engine.step()
+    assert not bench.idle
+    bench.engine.close(late)
+    assert bench.idle

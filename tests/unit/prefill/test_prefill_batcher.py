@@ -71,7 +71,8 @@ def test_a_prompt_larger_than_the_pool_is_refused() -> None:
     batcher, _ = make(num_blocks=2)
     with pytest.raises(TandemError) as caught:
         batcher.submit(PromptState(list(range(9))))
-    assert caught.value.reason is Reason.KV_BLOCKS_EXHAUSTED
+    assert caught.value.reason is Reason.POOL_TOO_SMALL
+    assert caught.value.retry_after_s is None
 
 
 def test_too_many_prompts_are_refused() -> None:

@@ -37,10 +37,17 @@ class Bench:
         self.runner, self.allocator = Runner(), BlockAllocator(num_blocks, BLOCK_TOKENS)
         self.failures: list[Exception] = []
         self.num_changes = 0
+        self.now = 0.0
         batcher = PrefillBatcher(self.allocator, BatcherLimits(token_budget=8))
         courier = Courier(asyncio.get_running_loop())
         self.engine = PrefillEngine(
-            self.runner, self.allocator, batcher, courier, on_failure=self.failures.append, on_change=self._changed
+            self.runner,
+            self.allocator,
+            batcher,
+            courier,
+            on_failure=self.failures.append,
+            on_change=self._changed,
+            clock=lambda: self.now,
         )  # type: ignore[arg-type]
 
     def _changed(self) -> None:
@@ -103,3 +110,36 @@ async def _until_failed(one: PrefillJob) -> list[object]:
         while not any(isinstance(event, Failed) for event in events):
             events += await one.mailbox.take()
     return events
+
+
+async def test_what_is_late_leaves_whether_it_waits_or_runs_and_is_computed_no_further() -> None:
+    bench = Bench(num_blocks=5)
+    running, waiting, patient = job(20), job(20), job(20)
+    running.prompt.deadline, waiting.prompt.deadline = 1.0, 2.0
+    for each in (running, waiting, patient):
+        bench.engine.submit(each)
+    assert bench.engine.step()
+    bench.now = 2.0
+    assert bench.engine.step()
+    assert (running.prompt.num_scheduled_tokens, waiting.prompt.num_scheduled_tokens) == (8, 0)
+    await asyncio.sleep(0)
+    for late in (running, waiting):
+        *_, last = await late.mailbox.take()
+        assert isinstance(last, Failed) and last.error.reason is Reason.DEADLINE_EXCEEDED
+        bench.engine.close(late)
+    assert (patient.prompt.num_cached_tokens, patient.prompt.num_computed_tokens) == (8, 16)
+    bench.engine.close(patient)
+    assert bench.allocator.num_free == bench.allocator.num_blocks
+
+
+async def test_a_late_prompt_is_not_admitted_when_room_comes() -> None:
+    bench = Bench(num_blocks=5)
+    first, late = job(20), job(20)
+    late.prompt.deadline = 1.0
+    bench.engine.submit(first)
+    bench.engine.submit(late)
+    bench.now = 1.0
+    bench.engine.close(first)
+    assert late.prompt.block_ids == []
+    bench.engine.close(late)
+    assert bench.allocator.num_free == bench.allocator.num_blocks
