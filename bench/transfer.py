@@ -22,7 +22,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench.figures import percentile
+from bench.report import percentile
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import KvTransferServicer

@@ -24,8 +24,8 @@ from kvtransfer.transports.tcp_frames import (
     prefix,
 )
 from tandem.errors import Reason, TandemError
+from tests.faults.proxy import cut_after, flip_at, proxy
 from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, Transfer, transfer
-from tests.service.kvtransfer.proxy import cut_after, flip_at, proxy
 
 MINE = tuple(range(20, 28))
 

@@ -1,0 +1,175 @@
+"""One run: a suite, a load, faults meanwhile, and everything written down that the oracle asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.faults.injector import Injector, Links, Plan
+from tests.faults.members import FAKE_MODEL, Shape
+from tests.faults.oracle import Fault, Holdings, Run, Sample
+from tests.faults.questions import RealQuestions, fake_question
+from tests.faults.suite import Suite
+from tests.faults.traffic import DEADLINE_S, Asked, Client, Scale, arrivals
+
+WARM_UP_S = 3.0
+SAMPLE_S = 1.0
+NUM_REAL_QUESTIONS = 24
+# What a log line may not hold, and what it may hold all the same.
+BAD_MARKS = ("Traceback", " ERROR ", " CRITICAL ", "StampError", "never retrieved", "was destroyed but it is pending")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run. `plan` None: nothing is harmed."""
+
+    seconds: float
+    seed: int = 0
+    shape: Shape = field(default_factory=Shape)
+    scale: Scale = field(default_factory=Scale)
+    plan: Plan | None = None
+
+
+@dataclass
+class Progress:
+    """What a watcher of the run is told. Every attribute is read from time to time."""
+
+    phase: str = "starting"
+    fraction: float = 0.0
+    num_requests: int = 0
+    num_faults: int = 0
+
+
+@dataclass
+class Runner:
+    """Runs once. `links` lets faults cut connections of the suite."""
+
+    settings: Settings
+    suite: Suite
+    links: Links | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    async def run(self) -> Run:
+        """The suite serves already. Returns the record; the invariants are for the caller to judge."""
+        assert self.suite.channel is not None
+        run, client = Run(), Client(self.suite.channel)
+        make = await self._questions()
+        await self._warm_up(make)
+        run.before = await self._holdings()
+        await self._load(run, client, make)
+        run.records = client.records
+        run.idle_after_s = await self._idle()
+        run.after = await self._holdings()
+        self._read_logs(run)
+        return run
+
+    async def _questions(self) -> Callable[[int], Asked]:
+        settings = self.settings
+        found = arrivals(max(settings.seconds, 60.0), settings.scale)
+        if settings.shape.model == FAKE_MODEL:
+            return lambda number: fake_question(number, found[number % len(found)], settings.seed)
+        self.progress.phase = "learning the undisturbed answers"
+        real = RealQuestions()
+        assert self.suite.channel is not None
+        await real.learn(self.suite.channel, found, NUM_REAL_QUESTIONS, settings.seed)
+        return lambda number: real.question(number, settings.seed)
+
+    async def _warm_up(self, make: Callable[[int], Asked]) -> None:
+        """Connections between all workers exist afterwards, and what is allocated once is."""
+        self.progress.phase = "warming up"
+        assert self.suite.channel is not None
+        client = Client(self.suite.channel)
+        for number in range(24):
+            client.send(make(1_000_000 + number))
+            await asyncio.sleep(WARM_UP_S / 24)
+        await client.finish(DEADLINE_S)
+        await self.suite.wait_idle()
+
+    async def _load(self, run: Run, client: Client, make: Callable[[int], Asked]) -> None:
+        settings, progress = self.settings, self.progress
+        self.progress.phase = "under load"
+        plan = [(arrival.at_s, number) for number, arrival in enumerate(arrivals(settings.seconds, settings.scale))]
+        began, over = time.monotonic(), asyncio.Event()
+
+        def watch() -> None:
+            progress.fraction = min((time.monotonic() - began) / settings.seconds, 1.0)
+            progress.num_requests = len(client.records)
+
+        sampling = asyncio.create_task(self._sample(run, client, watch))
+        harming = asyncio.create_task(self._harm(run, client, over.is_set))
+        try:
+            await client.replay([(at_s, _bound(make, number)) for at_s, number in plan], lambda: over.is_set() or harming.done())
+            over.set()
+            await harming
+            await client.finish(DEADLINE_S + 5)
+        finally:
+            for task in (sampling, harming):
+                task.cancel()
+            await asyncio.gather(sampling, harming, return_exceptions=True)
+        run.planned_load = len(plan) if settings.plan is None or settings.plan.most is None else len(client.records)
+
+    async def _harm(self, run: Run, client: Client, stopped: Callable[[], bool]) -> None:
+        if self.settings.plan is None:
+            while not stopped():  # noqa: ASYNC110 - the trace's clock
+                await asyncio.sleep(SAMPLE_S)
+            return
+        chance = random.Random(self.settings.seed)
+        injector = Injector(self.suite, self.settings.plan, chance, lambda: len(client.running), self.links, run.faults)
+        injector.on_fault = self._note_fault
+        await injector.run(stopped)
+
+    def _note_fault(self, fault: Fault) -> None:
+        self.progress.num_faults += 1
+
+    async def _sample(self, run: Run, client: Client, watch: Callable[[], None]) -> None:
+        while True:
+            watch()
+            for member in self.suite.members.values():
+                with contextlib.suppress(psutil.Error, AssertionError):
+                    process = self.suite.process(member.name)
+                    run.samples.append(Sample(member.name, process.pid, client.num_ended, process.memory_info().rss))
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _idle(self) -> float | None:
+        self.progress.phase = "quiescing"
+        began = time.monotonic()
+        try:
+            await self.suite.wait_idle(10.0)
+        except TimeoutError:
+            return None
+        return time.monotonic() - began
+
+    async def _holdings(self) -> dict[str, Holdings]:
+        found = {}
+        for name in self.suite.members:
+            with contextlib.suppress(TimeoutError, AssertionError):
+                census = await self.suite.census(name)
+                found[name] = Holdings(census["tasks"], census["fds"])
+        return found
+
+    def _read_logs(self, run: Run) -> None:
+        run.unplanned_deaths = [
+            f"{death.name} (pid {death.pid}) ended with {death.status}" for death in self.suite.deaths if not death.planned
+        ]
+        for name in self.suite.members:
+            lines = self.suite.log(name).splitlines()
+            run.bad_log_lines += [f"{name}: {line}" for line in lines if any(mark in line for mark in BAD_MARKS)]
+            run.stamp_errors += sum("StampError" in line for line in lines)
+
+
+def _bound(make: Callable[[int], Asked], number: int) -> Callable[[], Asked]:
+    return lambda: make(number)
+
+
+def log_directory(name: str) -> Path:
+    """Where a run's logs go: a directory of this process below the system's temporary one."""
+    return Path(tempfile.gettempdir()) / f"tandem-faults-{os.getpid()}" / name

@@ -1,0 +1,71 @@
+"""What a run came to, on one screen."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.oracle import Fault, Run, Verdict, growth_by_process, judge, stream_problem, tally
+
+
+def passed(run: Run) -> bool:
+    """Every invariant held, and no client saw an error."""
+    return all(verdict.held is not False for verdict in judge(run)) and not client_errors(run)
+
+
+def client_errors(run: Run) -> list[str]:
+    return [f"request {r.number} ({r.kind}): {r.code} {r.reason}: {r.message}" for r in run.records if r.is_client_error]
+
+
+def wrong_tokens(run: Run) -> int:
+    return sum(bool(stream_problem(record)) for record in run.records)
+
+
+def print_verdict(run: Run, title: str, replay: str, console: Console | None = None) -> None:
+    console = console or Console(width=132)
+    console.rule(title)
+    console.print(f"requests     {len(run.records)}: {_counts(tally(run.records, lambda record: str(record.code)))}")
+    console.print(f"asked for    {_counts(tally(run.records, lambda record: record.kind))}")
+    console.print(f"errors       {len(client_errors(run))} seen by clients; {wrong_tokens(run)} streams with wrong tokens")
+    for line in client_errors(run)[:5]:
+        console.print(f"             {line}", markup=False)
+    console.print(_faults(run.faults))
+    console.print(f"idle again   {'never' if run.idle_after_s is None else f'{run.idle_after_s:.1f} s after the last request'}")
+    slopes = growth_by_process(run.samples)
+    console.print(
+        f"memory       {', '.join(f'{name} {slope:+.2f}' for name, slope in slopes.items()) or '-'} MB per 1,000 requests"
+    )
+    console.print(_invariants(judge(run)))
+    if passed(run):
+        console.print("[bold green]PASSED[/]")
+    else:
+        console.print(f"[bold red]FAILED[/]  replay: {replay}")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def _faults(faults: Sequence[Fault]) -> Table:
+    table = Table("fault", "times", "detected s: median, worst", "whole again s: median, worst", box=None, pad_edge=False)
+    for kind in sorted({fault.kind for fault in faults}):
+        of_kind = [fault for fault in faults if fault.kind == kind]
+        detected = [fault.detected_s for fault in of_kind if fault.detected_s is not None]
+        whole = [fault.recovered_s for fault in of_kind if fault.recovered_s is not None]
+        table.add_row(kind, str(len(of_kind)), _spread(detected), _spread(whole))
+    return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f}, {max(values):.2f}" if values else "-"
+
+
+def _invariants(verdicts: Sequence[Verdict]) -> Table:
+    table = Table("", "", "invariant", "", box=None, pad_edge=False)
+    marks = {True: "[green]held[/]", False: "[red]BROKEN[/]", None: "[dim]not judged[/]"}
+    for verdict in verdicts:
+        table.add_row(verdict.name, marks[verdict.held], verdict.about, verdict.detail)
+    return table
