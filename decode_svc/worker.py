@@ -137,9 +137,10 @@ class DecodeWorker:
         )
 
     async def _drain(self) -> None:
-        """Refuses new requests; the server's own grace lets present streams finish."""
+        """Refuses new requests and waits for the present streams; those that take too long are resumed elsewhere."""
         self._decode.draining = True
         self._status.changed()
+        await self._decode.wait_idle()
 
     async def _close(self) -> None:
         await self._decode.close()

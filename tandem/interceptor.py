@@ -5,7 +5,7 @@ import inspect
 import logging
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,10 @@ class Call:
     task: asyncio.Task[Any]
     dismissed: bool = False
 
+    @property
+    def observes(self) -> bool:
+        return self.method.rpartition("/")[2] in OBSERVERS
+
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler. Handlers are coroutine functions or async generators that raise TandemError.
@@ -63,10 +67,14 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def dismiss_observers(self) -> None:
         """Ends the calls that only watch, with UNAVAILABLE/DRAINING."""
-        for call in self._running:
-            if call.method.rpartition("/")[2] in OBSERVERS:
-                call.dismissed = True
-                call.task.cancel()
+        _dismiss(call for call in self._running if call.observes)
+
+    async def dismiss_requests(self, timeout_s: float) -> None:
+        """Ends all other calls in the same way, and waits for them, not longer than `timeout_s`."""
+        requests = [call for call in self._running if not call.observes]
+        _dismiss(requests)
+        if requests:
+            await asyncio.wait([call.task for call in requests], timeout=timeout_s)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -130,6 +138,12 @@ _MAKE_HANDLER: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler]] = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
+
+
+def _dismiss(calls: Iterable[Call]) -> None:
+    for call in calls:
+        call.dismissed = True
+        call.task.cancel()
 
 
 def _parse(deserialize: Callable[[bytes], Any] | None, payload: bytes) -> Any:

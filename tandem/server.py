@@ -22,6 +22,9 @@ from tandem.tracing import flush_tracing
 
 logger = logging.getLogger(__name__)
 
+DRAIN_SHARE = 0.7
+"""Of the grace: how long calls may go on before they are told to go elsewhere. The rest is for them to end, and to be heard."""
+
 AsyncStep = Callable[[], Awaitable[None]]
 
 
@@ -119,9 +122,9 @@ class Server:
     async def run_until_stopped(self, drain: AsyncStep, close: AsyncStep) -> None:
         """Serves until SIGTERM, SIGINT, `stop`, or with `exit_with_parent` the end of standard input; then ends in order.
 
-        Not ready; `drain()`, which stops admitting and waits for what runs, for at most `grace_s`; the server stops, and calls
-        that still run get what is left of `grace_s`; `close()`, which frees engines and pools; spans are flushed. A step that
-        raises does not keep the later ones from running.
+        Not ready; `drain()`, which stops admitting and waits for what runs, for most of `grace_s`; calls that have not ended by
+        then end with DRAINING, so that the caller can go on elsewhere; the server stops; `close()`, which frees engines and pools;
+        spans are flushed. A step that raises does not keep the later ones from running.
         """
         await self._stopping.wait()
         await self._shut_down(drain, close)
@@ -137,10 +140,12 @@ class Server:
 
     async def _drain(self, drain: AsyncStep) -> None:
         try:
-            async with asyncio.timeout(self._settings.grace_s):
+            async with asyncio.timeout(self._settings.grace_s * DRAIN_SHARE):
                 await drain()
         except TimeoutError:
-            logger.warning("%s: not drained within %.1f s; ending what still runs", self._name, self._settings.grace_s)
+            share_s = self._settings.grace_s * DRAIN_SHARE
+            logger.warning("%s: not drained within %.1f s; what still runs goes on elsewhere", self._name, share_s)
+            await self._interceptor.dismiss_requests(self._settings.grace_s - share_s)
 
     async def _stop_server(self, deadline: float) -> None:
         self._interceptor.dismiss_observers()

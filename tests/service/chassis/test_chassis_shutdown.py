@@ -117,7 +117,7 @@ async def test_watchers_do_not_hold_up_the_end(opened, servicer):
     assert server.counts["/grpc.health.v1.Health/Watch"] == CallCounts(received=1, rejected=1)
 
 
-async def test_what_outlives_the_grace_is_cancelled(start, servicer):
+async def test_what_outlives_the_grace_is_told_to_go_elsewhere(start, servicer):
     server, channel = await start((prefill_pb2_grpc.add_PrefillServiceServicer_to_server, servicer, PREFILL), grace_s=0.2)
     call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(prefill_pb2.PrefillRequest())
     await call.read()
@@ -126,7 +126,8 @@ async def test_what_outlives_the_grace_is_cancelled(start, servicer):
     await servicer.ended.wait()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
-    assert from_rpc_error(caught.value).reason is Reason.WORKER_LOST
+    assert from_rpc_error(caught.value).reason is Reason.DRAINING
+    assert server.counts[f"/{PREFILL}/Prefill"] == CallCounts(received=1, rejected=1)
 
 
 async def test_a_step_that_raises_does_not_keep_the_later_ones_from_running(opened, servicer):

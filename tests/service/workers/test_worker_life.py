@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from tandem.api.v1 import operations_pb2
+from tandem.errors import Reason, from_rpc_error
 from tandem.tracing import configure_tracing, recent_spans
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, status_pb2, status_pb2_grpc
 from tests.fakes.runner import completion
@@ -95,6 +97,24 @@ async def test_a_stream_in_flight_is_finished_before_a_decode_worker_leaves() ->
             await entered()
             decode.worker.stop()
         assert await tokens == completion(PROMPT, 20)[1:]
+        await decode.wait_idle()
+
+
+async def test_a_stream_that_takes_longer_than_a_leaving_worker_waits_can_go_on_elsewhere() -> None:
+    """Watchers hear of the leaving worker until the last of its streams has ended."""
+    async with node("prefill") as prefill, node("decode", grace_s=0.2) as decode:
+        request = prefill_request(PROMPT, max_tokens=200)
+        admitted = await _prefilled(open_prefill(prefill, request))
+        states = status_pb2_grpc.WorkerStatusServiceStub(decode.channel).Watch(status_pb2.WatchRequest())
+        with held(decode) as entered:
+            call = open_decode(decode, decode_request(admitted, request))
+            await entered()
+            decode.worker.stop()
+            while (await states.read()).condition != operations_pb2.WORKER_CONDITION_DRAINING:
+                pass
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [event async for event in call]
+        assert from_rpc_error(caught.value).reason is Reason.DRAINING
         await decode.wait_idle()
 
 
