@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvtransfer.peers import Peer, Peers
-from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer
+from kvtransfer.ticket import CudaIpcOffer, KvTicket, ShmOffer, TcpOffer
 from kvtransfer.transports.shm import ShmUnavailableError
+from llm.kv.device_memory import DeviceMemoryError
+from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
 
-OfferT = TypeVar("OfferT", ShmOffer, TcpOffer)
+OfferT = TypeVar("OfferT", CudaIpcOffer, ShmOffer, TcpOffer)
 
 
 @dataclass(frozen=True)
@@ -23,24 +25,54 @@ class TransportChoice:
         return f"{self.transport}: {self.reason}"
 
 
-def choose(ticket: KvTicket, allowed: Sequence[str], peers: Peers, peer: Peer) -> TransportChoice:
-    """The first of `allowed` that the producer offers and that works; choosing shm maps its pool.
+class NotOfferedError(Exception):
+    """The producer does not offer the transport, or not for this ticket's blocks."""
 
-    FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is none.
-    """
-    against = [] if "shm" in allowed else ["shm is switched off here"]
-    for name in allowed:
-        try:
-            if name == "shm":
-                _map(ticket, peers, peer)
-                return TransportChoice("shm", "same host, mapped read-only")
-            if offer_of(ticket, TcpOffer) is not None:
-                return TransportChoice("tcp", "; ".join(against) or "preferred here")
-            against.append("producer does not offer tcp")
-        except ShmUnavailableError as error:
-            against.append(str(error))
-    message = f"no way to fetch the blocks: {'; '.join(against)}"
-    raise TandemError(Reason.KV_LAYOUT_MISMATCH, message, metadata={"producer_id": ticket.producer_id})
+
+class Chooser:
+    """Chooses for a pool: the first of `allowed` that the producer offers and that works. `fastest`: the best for such a pool."""
+
+    def __init__(self, allowed: Sequence[str], pool: KvPool, peers: Peers) -> None:
+        self._device = pool.tensor.device
+        self._peers = peers
+        fastest = "cuda_ipc" if pool.on_device else "shm"
+        self._allowed = usable(allowed, pool)
+        self._against = () if fastest in allowed else (f"{fastest} is switched off here",)
+
+    async def choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
+        """Choosing shm or cuda_ipc opens the producer's pool. FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is no way."""
+        against = list(self._against)
+        for name in self._allowed:
+            try:
+                reason = await self._try(name, ticket, peer)
+                return TransportChoice(name, reason or "; ".join(against) or "preferred here")
+            except (NotOfferedError, ShmUnavailableError, DeviceMemoryError) as error:
+                against.append(str(error))
+        message = f"no way to fetch the blocks: {'; '.join(against)}"
+        raise TandemError(Reason.KV_LAYOUT_MISMATCH, message, metadata={"producer_id": ticket.producer_id})
+
+    async def _try(self, name: str, ticket: KvTicket, peer: Peer) -> str:
+        """What speaks for it by itself; nothing for tcp. Raises if it does not work."""
+        match name:
+            case "cuda_ipc":
+                memory = _offer_of(ticket, CudaIpcOffer, name).memory
+                _check_bounds(ticket, memory.num_bytes)
+                opened = await self._peers.open(peer, memory, self._device)
+                return "same GPU, opened" if opened.on_same_device else "same host, read from GPU to GPU"
+            case "shm":
+                offer = _offer_of(ticket, ShmOffer, name)
+                _check_bounds(ticket, offer.pool_bytes)
+                self._peers.map(peer, offer)
+                return "same host, mapped read-only"
+            case _:
+                _offer_of(ticket, TcpOffer, name)
+                return ""
+
+
+def usable(transports: Sequence[str], pool: KvPool) -> tuple[str, ...]:
+    """Those by which such a pool's blocks can go or come at all."""
+    impossible = "shm" if pool.on_device else "cuda_ipc"
+    return tuple(name for name in transports if name != impossible and (name != "shm" or pool.shared is not None))
 
 
 def offer_of(ticket: KvTicket, kind: type[OfferT]) -> OfferT | None:
@@ -48,10 +80,13 @@ def offer_of(ticket: KvTicket, kind: type[OfferT]) -> OfferT | None:
     return next((offer for offer in ticket.offers if isinstance(offer, kind)), None)
 
 
-def _map(ticket: KvTicket, peers: Peers, peer: Peer) -> None:
-    offer = offer_of(ticket, ShmOffer)
+def _offer_of(ticket: KvTicket, kind: type[OfferT], name: str) -> OfferT:
+    offer = offer_of(ticket, kind)
     if offer is None:
-        raise ShmUnavailableError("producer does not offer shm")
-    if (max(ticket.block_ids) + 1) * ticket.layout.block_bytes > offer.pool_bytes:
-        raise ShmUnavailableError("ticket names blocks outside of the offered memory")
-    peers.map(peer, offer)
+        raise NotOfferedError(f"producer does not offer {name}")
+    return offer
+
+
+def _check_bounds(ticket: KvTicket, pool_bytes: int) -> None:
+    if (max(ticket.block_ids) + 1) * ticket.layout.block_bytes > pool_bytes:
+        raise NotOfferedError("ticket names blocks outside of the offered memory")

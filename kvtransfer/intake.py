@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
 
-import numpy as np
-
-from kvtransfer.checksum import block_checksum
-from kvtransfer.frames import BlocksFrame
+from kvtransfer.blocks import Blocks
+from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.ticket import KvTicket
 from tandem.errors import Reason, TandemError
 
 MAX_REFETCHES = 2
 MAX_RESUMES = 1
-JOB_BYTES = 1 << 21
-"""What one job copies or verifies: enough to be worth waking a thread, little enough to share among threads."""
+Arrival = Callable[[int, int], Sequence[int]]
+"""Puts the ticket's blocks from the first index up to the second in place, on a thread, and returns the checksums of what then lies
+there."""
 
 
 class DamagedBlockError(Exception):
@@ -34,35 +36,36 @@ class StalledPullError(InterruptedPullError):
 
 
 class Destination:
-    """The blocks that one ticket is pulled into, and which of them hold verified content."""
+    """The blocks of the own pool that one ticket is pulled into, and which of them hold verified content."""
 
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self.views = views
+    def __init__(self, block_ids: Sequence[int]) -> None:
+        self.block_ids = block_ids
         self.first_frame_ns = 0
         self.num_refetched = 0
         self.num_resumed = 0
-        self._verified = bytearray(len(views))
+        self._verified = bytearray(len(block_ids))
         self._refetches: dict[int, int] = {}
 
     @property
     def num_verified(self) -> int:
         """Blocks from the first on that are verified."""
         index = self._verified.find(0)
-        return len(self.views) if index < 0 else index
+        return len(self.block_ids) if index < 0 else index
 
     def begin_attempt(self) -> None:
         """Blocks after the first unverified one will be written again, so what is known of them no longer counts."""
         first = self.num_verified
-        self._verified[first:] = bytes(len(self.views) - first)
+        self._verified[first:] = bytes(len(self.block_ids) - first)
 
     def began(self) -> None:
         self.first_frame_ns = self.first_frame_ns or time.monotonic_ns()
 
-    def verify(self, index: int, checksum: int) -> None:
-        """On any thread, once the block's bytes are in place. Raises DamagedBlockError."""
-        if block_checksum(self.views[index]) != checksum:
-            raise DamagedBlockError(index)
-        self._verified[index] = 1
+    def verify(self, first: int, found: Sequence[int], announced: Sequence[int]) -> None:
+        """On any thread, given the checksums of blocks that are in place. Raises DamagedBlockError."""
+        for index, (here, there) in enumerate(zip(found, announced, strict=True), first):
+            if here != there:
+                raise DamagedBlockError(index)
+            self._verified[index] = 1
 
     def count_damage(self, error: DamagedBlockError) -> None:
         """Lets the block be fetched again, or raises KV_CHECKSUM_MISMATCH if that was done often enough."""
@@ -114,16 +117,16 @@ class Crew:
     """Threads at work on one destination, as a context.
 
     The context is left, in whatever way, only when no thread is at the destination's memory any more, so that its owner may reuse
-    the blocks at once. Being cancelled makes the threads stop at the next block (well under a millisecond) but is not hurried by
+    the blocks at once. Being cancelled makes the threads stop at the next turn (well under a millisecond) but is not hurried by
     further cancels.
     """
 
-    def __init__(self, destination: Destination, threads: Executor) -> None:
+    def __init__(self, destination: Destination, threads: Executor, blocks: Blocks) -> None:
+        self._blocks = blocks
         self._destination = destination
         self._threads = threads
         self._jobs: list[asyncio.Future[None]] = []
         self._stopped = False
-        self.blocks_per_job = max(1, JOB_BYTES // len(destination.views[0]))
 
     async def __aenter__(self) -> "Crew":
         return self
@@ -132,14 +135,16 @@ class Crew:
         self._stopped = True
         await _settled(self._jobs)
 
-    def start(self, first_block_index: int, checksums: Sequence[int], sources: Sequence[memoryview] | None = None) -> None:
-        """Verifies a run of blocks that are in place, or copies them from `sources` first. Split over threads."""
-        for start in range(0, len(checksums), self.blocks_per_job):
-            part = slice(start, start + self.blocks_per_job)
-            job = self._threads.submit(
-                self._take_in, first_block_index + start, checksums[part], sources[part] if sources is not None else None
-            )
-            self._jobs.append(asyncio.wrap_future(job))
+    def start(self, first_block_index: int, checksums: Sequence[int], arrive: Arrival) -> None:
+        """Has a run of blocks brought in and verified. Split over threads."""
+        for start in range(0, len(checksums), self._blocks.num_per_job):
+            self.submit(first_block_index + start, checksums[start : start + self._blocks.num_per_job], arrive)
+
+    def submit(self, first_block_index: int, checksums: Sequence[int], arrive: Arrival) -> asyncio.Future[None]:
+        """The same as one job, which is returned."""
+        job = asyncio.wrap_future(self._threads.submit(self._take_in, first_block_index, checksums, arrive))
+        self._jobs.append(job)
+        return job
 
     def check(self) -> None:
         """Raises DamagedBlockError if a finished job found one."""
@@ -154,19 +159,46 @@ class Crew:
             await asyncio.wait([job])
         self.check()
 
-    def _take_in(self, first: int, checksums: Sequence[int], sources: Sequence[memoryview] | None) -> None:
-        destination = self._destination
-        for offset, checksum in enumerate(checksums):
+    def _take_in(self, first: int, checksums: Sequence[int], arrive: Arrival) -> None:
+        for start in range(0, len(checksums), self._blocks.num_per_turn):
             if self._stopped:
                 return
-            if sources is not None:
-                _copy(sources[offset], destination.views[first + offset])
-            destination.verify(first + offset, checksum)
+            part = checksums[start : start + self._blocks.num_per_turn]
+            found = arrive(first + start, first + start + len(part))
+            self._destination.verify(first + start, found, part)
 
 
-def _copy(source: memoryview, target: memoryview) -> None:
-    """Unlike assignment to a memoryview, this does not hold the GIL."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+@dataclass(frozen=True)
+class Pull:
+    """One attempt at a ticket's blocks."""
+
+    ticket: KvTicket
+    destination: Destination
+    crew: Crew
+
+    def sequencer(self) -> Sequencer:
+        """For frames that begin with the first block that is not verified."""
+        return Sequencer(self.ticket.epoch, self.destination.num_verified, len(self.ticket.block_ids))
+
+
+async def follow(frames: AsyncGenerator[Frame, None], pull: Pull, arrive: Arrival) -> int:
+    """Has the crew bring in the blocks that `frames` tell of, from the first that is not verified on; returns the first token.
+
+    Raises InterruptedPullError, DamagedBlockError, or what `frames` raises.
+    """
+    sequencer, crew = pull.sequencer(), pull.crew
+    async with aclosing(frames):
+        async for frame in frames:
+            crew.check()
+            match frame:
+                case BlocksFrame(_, first, checksums):
+                    pull.destination.began()
+                    num_known = sequencer.accept(frame)
+                    crew.start(first + num_known, checksums[num_known:], arrive)
+                case EndFrame(epoch, first_token_id):
+                    sequencer.end(epoch)
+                    return first_token_id
+    raise InterruptedPullError("the producer's stream ended without its last frame")
 
 
 async def _settled(jobs: Sequence[asyncio.Future[None]]) -> None:

@@ -6,16 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from kvtransfer.checksum import block_checksum
+from kvtransfer.blocks import Blocks
 from kvtransfer.frames import MAX_BLOCKS_PER_FRAME, BlocksFrame, EndFrame, Frame, WaitFrame
 from kvtransfer.ledger import Entry, not_found
-from llm.kv.pool import KvPool
 
 logger = logging.getLogger(__name__)
 
 CHECKSUM_THREADS = 2
-CHECKSUM_BYTES = 1 << 21
-"""What one job reads: so little that a consumer starts on a chunk's first blocks while the last are still being read."""
 
 
 class Outbox:
@@ -76,18 +73,18 @@ class Checksummer:
     A job may outlive its ticket; it then reads blocks that belong to another by now, and nobody hears of the result.
     """
 
-    def __init__(self, pool: KvPool, failed: Callable[[Outbox, BaseException], None]) -> None:
-        self._pool = pool
+    def __init__(self, blocks: Blocks, failed: Callable[[Outbox, BaseException], None]) -> None:
+        self._blocks = blocks
         self._failed = failed
         self._threads = ThreadPoolExecutor(CHECKSUM_THREADS, "kv-checksum")
-        self._blocks_per_job = max(1, CHECKSUM_BYTES // pool.layout.block_bytes)
+        self._threads.submit(blocks.warm_up)
 
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""
         loop, ready = asyncio.get_running_loop(), outbox.entry.num_ready_blocks
-        for first in range(outbox.num_submitted, ready, self._blocks_per_job):
-            block_ids = outbox.entry.block_ids[first : min(first + self._blocks_per_job, ready)]
-            job = self._threads.submit(_checksums, [self._pool.block_view(block) for block in block_ids])
+        for first in range(outbox.num_submitted, ready, self._blocks.num_per_job):
+            block_ids = outbox.entry.block_ids[first : min(first + self._blocks.num_per_job, ready)]
+            job = self._threads.submit(self._blocks.checksums, block_ids)
             report = partial(self._done, outbox, first)
             job.add_done_callback(partial(_on_loop, loop, report))
         outbox.num_submitted = ready
@@ -106,7 +103,3 @@ class Checksummer:
 
 def _on_loop(loop: asyncio.AbstractEventLoop, report: Callable[[Future[list[int]]], None], job: Future[list[int]]) -> None:
     loop.call_soon_threadsafe(report, job)
-
-
-def _checksums(blocks: Sequence[memoryview]) -> list[int]:
-    return [block_checksum(block) for block in blocks]

@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc.aio
+import torch
 
 from kvtransfer.control import ControlClient
 from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer
 from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
 from kvtransfer.transports.tcp import TcpClient
+from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
+from llm.kv.exported_memory import ExportedMemory
 
 
 class Peer:
@@ -24,6 +27,8 @@ class Peer:
         self.announced = ""
         """The choice of transport that was logged last."""
         self.mapping: Mapping | None = None
+        self.opening: asyncio.Task[ImportedMemory] | None = None
+        """Opens its GPU memory; that is tried once."""
         self._tcp: TcpClient | None = None
 
     def tcp(self, offer: TcpOffer) -> TcpClient:
@@ -35,11 +40,23 @@ class Peer:
     @property
     def gone(self) -> bool:
         """Whether the process is known to have ended."""
+        if self.memory is not None and self.memory.producer_is_gone:
+            return True
         return self.lost or (self.mapping is not None and producer_is_gone(self.mapping))
+
+    @property
+    def memory(self) -> ImportedMemory | None:
+        """Its GPU memory, once that is open."""
+        opened = self.opening is not None and self.opening.done() and not self.opening.cancelled()
+        return self.opening.result() if self.opening is not None and opened and self.opening.exception() is None else None
 
     async def close(self) -> None:
         if self.mapping is not None:
             self.mapping.close()
+        if self.opening is not None:
+            await asyncio.wait([self.opening])
+        if self.memory is not None:
+            await asyncio.to_thread(self.memory.close)
         self._close_tcp()
         await self.control.close()
 
@@ -83,6 +100,20 @@ class Peers:
         if peer.mapping.offer != offer:
             raise ShmUnavailableError("producer has offered other memory before under the same id")
         return peer.mapping
+
+    async def open(self, peer: Peer, exported: ExportedMemory, device: torch.device) -> ImportedMemory:
+        """The peer's GPU memory, opened for `device`; takes a tenth of a second at the first time.
+
+        Raises DeviceMemoryError, also if the offer is not the one that this very producer made before.
+        """
+        if peer.opening is None:
+            if any(other.memory is not None and other.memory.exported == exported for other in self._peers.values()):
+                raise DeviceMemoryError("offered memory is that of another producer (producer id differs)")
+            peer.opening = asyncio.create_task(asyncio.to_thread(ImportedMemory, exported, device))
+        memory = await asyncio.shield(peer.opening)
+        if memory.exported != exported:
+            raise DeviceMemoryError("producer has offered other memory before under the same id")
+        return memory
 
     async def close(self) -> None:
         """No pull may run any more."""

@@ -7,10 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.blocks import blocks_of
+from kvtransfer.choice import usable
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.ledger import TicketLedger
 from kvtransfer.outbox import Checksummer, Outbox
-from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
+from kvtransfer.staging import stage_of
+from kvtransfer.ticket import TRANSPORTS, CudaIpcOffer, KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
 from kvtransfer.transports.tcp_server import TcpServer
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -42,20 +45,22 @@ class KvProducer:
         lease_s: float,
         free: Callable[[Sequence[int]], None],
         clock: Callable[[], float] = time.monotonic,
-        transports: Sequence[str] = ("shm", "tcp"),
+        transports: Sequence[str] = TRANSPORTS,
         kv_host: str = "127.0.0.1",
         kv_advertised_host: str | None = None,
     ) -> None:
         self.identity = identity
-        self.transports = tuple(name for name in check_names(transports) if name != "shm" or pool.shared is not None)
+        self.transports = usable(check_names(transports), pool)
         self.block_tokens = pool.layout.block_tokens
         self._pool = pool
         self._lease_s = lease_s
         self._clock = clock
         self._ledger = TicketLedger(clock, lease_s, free)
         self._outboxes: dict[str, Outbox] = {}
-        self._checksummer = Checksummer(pool, self._fail)
-        self._tcp = TcpServer(pool, self, kv_host) if "tcp" in transports else None
+        blocks = blocks_of(pool)
+        self._checksummer = Checksummer(blocks, self._fail)
+        self._stage = stage_of(blocks)
+        self._tcp = TcpServer(self._stage, pool.layout.block_bytes, self, kv_host) if "tcp" in transports else None
         self._advertised_host = kv_advertised_host or kv_host
         self._offers: tuple[TransportOffer, ...] = ()
         self._expiry: asyncio.TimerHandle | None = None
@@ -180,9 +185,12 @@ class KvProducer:
         await self._idle.wait()
         self._unwatch_leases()
         await self._checksummer.close()
+        await self._stage.close()
 
     def _offer(self, name: str, tcp_port: int) -> TransportOffer:
-        shared = self._pool.shared
+        shared, exported = self._pool.shared, self._pool.exported
+        if name == "cuda_ipc" and exported is not None:
+            return CudaIpcOffer(exported)
         if name == "shm" and shared is not None:
             return ShmOffer(shared.pid, shared.fd, shared.inode, shared.boot_id, shared.num_bytes)
         return TcpOffer(self._advertised_host, tcp_port)

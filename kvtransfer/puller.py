@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from kvtransfer.choice import TransportChoice, choose, offer_of
+from kvtransfer.blocks import blocks_of
+from kvtransfer.choice import Chooser, TransportChoice, offer_of
 from kvtransfer.control import RESUME_TIMEOUT_S
-from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError
+from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError, Pull
 from kvtransfer.peers import Peer, Peers
-from kvtransfer.ticket import KvTicket, TcpOffer, check_names
-from kvtransfer.transports import shm
+from kvtransfer.staging import stage_of
+from kvtransfer.ticket import TRANSPORTS, KvTicket, TcpOffer, check_names
+from kvtransfer.transports import cuda_ipc, shm
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -47,15 +50,17 @@ class KvPuller:
         tokenizer_digest: str,
         *,
         channels: Callable[[str], grpc.aio.Channel],
-        transports: Sequence[str] = ("shm", "tcp"),
+        transports: Sequence[str] = TRANSPORTS,
     ) -> None:
-        self._pool = pool
         self._layout = layout
         self._model_digest = model_digest
         self._tokenizer_digest = tokenizer_digest
-        self._transports = check_names(transports)
+        self._blocks = blocks_of(pool)
+        self._stage = stage_of(self._blocks)
         self._peers = Peers(channels)
+        self._chooser = Chooser(check_names(transports), pool, self._peers)
         self._threads = ThreadPoolExecutor(THREADS, "kv-pull")
+        self._threads.submit(self._blocks.warm_up)
 
     def check(self, ticket: KvTicket) -> None:
         """Raises MODEL_MISMATCH or KV_LAYOUT_MISMATCH for a ticket whose blocks would mean something else here."""
@@ -71,10 +76,10 @@ class KvPuller:
             message = f"the ticket has {len(ticket.block_ids)} blocks; {ticket.num_tokens} tokens take {needed}"
             raise TandemError(Reason.KV_LAYOUT_MISMATCH, message)
 
-    def choose(self, ticket: KvTicket) -> TransportChoice:
+    async def choose(self, ticket: KvTicket) -> TransportChoice:
         """The best transport that both sides have and that works. FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is none."""
         with self._peers.using(ticket) as peer:
-            return self._choose(ticket, peer)
+            return await self._choose(ticket, peer)
 
     async def pull(self, ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
         """Fetches the ticket's blocks into `block_ids`, one for each, while the producer still computes them.
@@ -86,10 +91,10 @@ class KvPuller:
         """
         self.check(ticket)
         assert len(block_ids) == len(ticket.block_ids), "one block for each of the ticket's"
-        destination = Destination([self._pool.block_view(block) for block in block_ids])
+        destination = Destination(block_ids)
         with self._peers.using(ticket) as peer:
             while True:
-                choice = self._choose(ticket, peer)
+                choice = await self._choose(ticket, peer)
                 try:
                     first_token_id = await self._attempt(choice, ticket, peer, destination)
                 except DamagedBlockError as error:
@@ -111,10 +116,11 @@ class KvPuller:
     async def close(self) -> None:
         """No pull may run any more."""
         await self._peers.close()
+        await self._stage.close()
         self._threads.shutdown()
 
-    def _choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
-        choice = choose(ticket, self._transports, self._peers, peer)
+    async def _choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
+        choice = await self._chooser.choose(ticket, peer)
         if peer.announced != str(choice):
             peer.announced = str(choice)
             logger.info("KV from producer %s comes by %s", ticket.producer_id[:8], choice)
@@ -122,21 +128,26 @@ class KvPuller:
 
     async def _attempt(self, choice: TransportChoice, ticket: KvTicket, peer: Peer, destination: Destination) -> int:
         destination.begin_attempt()
-        async with Crew(destination, self._threads) as crew:
-            if choice.transport == "shm":
-                answer_s = RESUME_TIMEOUT_S if destination.num_resumed else None
-                frames = peer.control.frames(ticket, destination.num_verified, answer_s)
-                assert peer.mapping is not None, "choosing shm maps the pool"
-                first_token_id = await shm.fetch(frames, peer.mapping, ticket, destination, crew)
-            else:
-                offer = offer_of(ticket, TcpOffer)
-                assert offer is not None, "tcp is chosen only if offered"
-                first_token_id = await peer.tcp(offer).fetch(ticket, destination, crew)
+        async with Crew(destination, self._threads, self._blocks) as crew:
+            first_token_id = await self._fetch(choice.transport, peer, Pull(ticket, destination, crew))
             await crew.join()
             return first_token_id
 
+    async def _fetch(self, transport: str, peer: Peer, pull: Pull) -> int:
+        ticket, destination = pull.ticket, pull.destination
+        if transport == "tcp":
+            offer = offer_of(ticket, TcpOffer)
+            assert offer is not None, "tcp is chosen only if offered"
+            return await peer.tcp(offer).fetch(self._stage, pull)
+        frames = peer.control.frames(ticket, destination.num_verified, RESUME_TIMEOUT_S if destination.num_resumed else None)
+        if isinstance(self._blocks, HostBlocks):
+            assert peer.mapping is not None, "choosing shm maps the pool"
+            return await shm.fetch(frames, peer.mapping, self._blocks, pull)
+        assert peer.memory is not None, "choosing cuda_ipc opens the pool"
+        return await cuda_ipc.fetch(frames, peer.memory, self._blocks, pull)
+
     def _result(self, choice: TransportChoice, first_token_id: int, destination: Destination) -> PullResult:
-        num_bytes = len(destination.views) * self._layout.block_bytes
+        num_bytes = len(destination.block_ids) * self._layout.block_bytes
         pull_us = (time.monotonic_ns() - destination.first_frame_ns) // 1000
         return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched, destination.num_resumed)
 

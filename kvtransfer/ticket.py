@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvLayout
 
-TRANSPORTS = ("shm", "tcp")
+TRANSPORTS = ("cuda_ipc", "shm", "tcp")
 """All that there are, best first."""
 
 ChecksumAlgorithm = Literal["xxh3_64"]
@@ -31,7 +32,14 @@ class TcpOffer:
     port: int
 
 
-TransportOffer = ShmOffer | TcpOffer
+@dataclass(frozen=True)
+class CudaIpcOffer:
+    """The producer's pool lies in GPU memory that processes of the same host can open."""
+
+    memory: ExportedMemory
+
+
+TransportOffer = CudaIpcOffer | ShmOffer | TcpOffer
 
 
 @dataclass(frozen=True)

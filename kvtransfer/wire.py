@@ -1,8 +1,9 @@
 """Tickets, layouts and frames as protobuf messages, and back."""
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, TransportOffer
+from kvtransfer.ticket import CudaIpcOffer, KvTicket, ShmOffer, TcpOffer, TransportOffer
 from kvtransfer.transports.tcp_frames import MAX_TEXT_BYTES
+from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvDtype, KvLayout
 from tandem.errors import Reason, TandemError, invalid_field
 from tandem.worker.v1 import kv_pb2
@@ -109,6 +110,8 @@ def frame_from_proto(message: kv_pb2.PullResponse) -> Frame | None:
 
 def _offer_to_proto(offer: TransportOffer) -> kv_pb2.TransportOffer:
     match offer:
+        case CudaIpcOffer(memory):
+            return kv_pb2.TransportOffer(cuda_ipc=_cuda_ipc_to_proto(memory))
         case ShmOffer(pid, fd, inode, boot_id, pool_bytes):
             shm = kv_pb2.ShmOffer(pid=pid, fd=fd, inode=inode, boot_id=boot_id, pool_bytes=pool_bytes)
             return kv_pb2.TransportOffer(shm=shm)
@@ -122,7 +125,24 @@ def _offer_from_proto(message: kv_pb2.TransportOffer) -> TransportOffer | None:
         case "shm":
             shm = message.shm
             return ShmOffer(shm.pid, shm.fd, shm.inode, shm.boot_id, shm.pool_bytes)
+        case "cuda_ipc":
+            return CudaIpcOffer(_cuda_ipc_from_proto(message.cuda_ipc))
         case "tcp":
             return TcpOffer(message.tcp.host, message.tcp.port)
         case _:
             return None
+
+
+def _cuda_ipc_to_proto(memory: ExportedMemory) -> kv_pb2.CudaIpcOffer:
+    return kv_pb2.CudaIpcOffer(
+        handle=memory.handle,
+        device_uuid=memory.device_uuid,
+        pool_bytes=memory.num_bytes,
+        pid=memory.pid,
+        process_start_ticks=memory.process_start_ticks,
+        boot_id=memory.boot_id,
+    )
+
+
+def _cuda_ipc_from_proto(offer: kv_pb2.CudaIpcOffer) -> ExportedMemory:
+    return ExportedMemory(offer.handle, offer.device_uuid, offer.pool_bytes, offer.pid, offer.process_start_ticks, offer.boot_id)

@@ -44,14 +44,17 @@ class Connection:
             family, kind, protocol, _, address = addresses[-1]
             return cls(await _connected(family, kind, protocol, address), stall_s)
 
-    async def send(self, message: Message, blocks: Sequence[memoryview] = (), moved: Callable[[], None] | None = None) -> None:
-        """Sends a message and the blocks that belong to it; calls `moved` whenever the peer has taken some."""
-        for part in (memoryview(encode(message)), *blocks):
+    async def send(self, message: Message) -> None:
+        """Sends a message; the blocks that belong to it follow."""
+        await self.send_blocks([memoryview(encode(message))], lambda: None)
+
+    async def send_blocks(self, blocks: Sequence[memoryview], moved: Callable[[], None]) -> None:
+        """Sends bytes as they are; calls `moved` whenever the peer has taken some."""
+        for part in blocks:
             sent = 0
             while sent < len(part):
                 sent += await self._send_some(part[sent : sent + _PIECE_BYTES])
-                if moved is not None:
-                    moved()
+                moved()
 
     async def receive(self, wait_s: float | None = None) -> Message:
         """The next message, which the peer may take `wait_s` to begin, then `stall_s` in all to end. FrameError if it is none."""

@@ -3,12 +3,13 @@
 import mmap
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer
-from kvtransfer.ticket import KvTicket, ShmOffer
-from llm.kv.pool import boot_id
+from kvtransfer.frames import Frame
+from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.intake import Pull, follow
+from kvtransfer.ticket import ShmOffer
+from llm.kv.host_identity import boot_id
 
 
 class ShmUnavailableError(Exception):
@@ -35,28 +36,15 @@ class Mapping:
             self._memory.close()
 
 
-async def fetch(
-    frames: AsyncGenerator[Frame, None], mapping: Mapping, ticket: KvTicket, destination: Destination, crew: Crew
-) -> int:
-    """Has `crew` copy the blocks that `frames` tell of, from the first that is not verified on; returns the first token.
+async def fetch(frames: AsyncGenerator[Frame, None], mapping: Mapping, blocks: HostBlocks, pull: Pull) -> int:
+    """Copies the blocks that `frames` tell of; returns and raises what `follow` does."""
+    size, source_ids, block_ids = pull.ticket.layout.block_bytes, pull.ticket.block_ids, pull.destination.block_ids
 
-    Raises InterruptedPullError, DamagedBlockError, or what `frames` raises.
-    """
-    sequencer = Sequencer(ticket.epoch, destination.num_verified, len(ticket.block_ids))
-    size = ticket.layout.block_bytes
-    async with aclosing(frames):
-        async for frame in frames:
-            crew.check()
-            match frame:
-                case BlocksFrame(_, first, checksums):
-                    destination.began()
-                    num_known = sequencer.accept(frame)
-                    blocks = ticket.block_ids[first + num_known : first + len(checksums)]
-                    crew.start(first + num_known, checksums[num_known:], [mapping.block(block, size) for block in blocks])
-                case EndFrame(epoch, first_token_id):
-                    sequencer.end(epoch)
-                    return first_token_id
-    raise InterruptedPullError("the producer's stream ended without its last frame")
+    def arrive(first: int, last: int) -> list[int]:
+        sources = [mapping.block(block, size) for block in source_ids[first:last]]
+        return blocks.fetch(sources, block_ids[first:last])
+
+    return await follow(frames, pull, arrive)
 
 
 def producer_is_gone(mapping: Mapping) -> bool:

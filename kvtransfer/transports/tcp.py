@@ -1,7 +1,10 @@
 """The consumer's side of the tcp transport."""
 
+from collections.abc import Sequence
+
 from kvtransfer.frames import BlocksFrame
-from kvtransfer.intake import Crew, Destination, InterruptedPullError, Sequencer, StalledPullError
+from kvtransfer.intake import InterruptedPullError, Pull, Sequencer, StalledPullError
+from kvtransfer.staging import Stage
 from kvtransfer.ticket import KvTicket, TcpOffer
 from kvtransfer.transports.connection import Connection
 from kvtransfer.transports.tcp_frames import BlocksMessage, EndMessage, ErrorMessage, FrameError, Message, PullMessage, WaitMessage
@@ -20,16 +23,17 @@ class TcpClient:
         self.offer = offer
         self._idle: list[Connection] = []
 
-    async def fetch(self, ticket: KvTicket, destination: Destination, crew: Crew) -> int:
-        """Receives the blocks, from the first that is not verified on, for `crew` to verify in place; returns the first token.
+    async def fetch(self, stage: Stage, pull: Pull) -> int:
+        """Receives the blocks, from the first that is not verified on, and has them verified in place; returns the first token.
 
         Raises InterruptedPullError, DamagedBlockError, or the error that the producer sent.
         """
+        ticket = pull.ticket
         connection = await self._connect()
         reusable = False
         try:
-            await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, destination.num_verified))
-            first_token_id = await _receive(connection, ticket, destination, crew)
+            await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, pull.destination.num_verified))
+            first_token_id = await _receive(connection, stage, pull)
             reusable = True
         except TimeoutError as error:
             raise StalledPullError(f"no byte came for {STALL_S} s") from error
@@ -68,42 +72,51 @@ class TcpClient:
             connection.close()
 
 
-async def _receive(connection: Connection, ticket: KvTicket, destination: Destination, crew: Crew) -> int:
-    sequencer = Sequencer(ticket.epoch, destination.num_verified, len(ticket.block_ids))
+async def _receive(connection: Connection, stage: Stage, pull: Pull) -> int:
+    sequencer = pull.sequencer()
     while True:
         message = await connection.receive()
-        _check_ticket(message, ticket)
+        _check_ticket(message, pull.ticket)
         match message:
             case BlocksMessage():
-                destination.began()
-                await _receive_blocks(connection, message, sequencer, destination, crew)
+                pull.destination.began()
+                await _receive_blocks(connection, stage, pull, message, sequencer)
             case EndMessage():
                 sequencer.end(message.epoch)
                 return message.first_token_id
             case ErrorMessage():
                 raise _error_of(message)
             case WaitMessage():
-                crew.check()
+                pull.crew.check()
 
 
-async def _receive_blocks(
-    connection: Connection, message: BlocksMessage, sequencer: Sequencer, destination: Destination, crew: Crew
-) -> None:
+async def _receive_blocks(connection: Connection, stage: Stage, pull: Pull, message: BlocksMessage, sequencer: Sequencer) -> None:
     """Each group of blocks is verified by threads while the next is on its way."""
     first, checksums = message.first_block_index, message.checksums
     num_known = sequencer.accept(BlocksFrame(message.epoch, first, checksums))
-    if message.block_bytes != len(destination.views[0]):
-        raise FrameError(f"blocks of {message.block_bytes} bytes instead of {len(destination.views[0])}")
+    block_bytes = pull.ticket.layout.block_bytes
+    if message.block_bytes != block_bytes:
+        raise FrameError(f"blocks of {message.block_bytes} bytes instead of {block_bytes}")
     if num_known:
         scratch = memoryview(bytearray(message.block_bytes))
         for _ in range(num_known):
             await connection.receive_into(scratch)
-    for start in range(num_known, len(checksums), crew.blocks_per_job):
-        part = checksums[start : start + crew.blocks_per_job]
-        for index in range(first + start, first + start + len(part)):
-            await connection.receive_into(destination.views[index])
-        crew.start(first + start, part)
-        crew.check()
+    for start in range(num_known, len(checksums), stage.num_per_room):
+        part = checksums[start : start + stage.num_per_room]
+        await _receive_run(connection, stage, pull, first + start, part)
+        pull.crew.check()
+
+
+async def _receive_run(connection: Connection, stage: Stage, pull: Pull, first: int, checksums: Sequence[int]) -> None:
+    room = await stage.room(pull.destination.block_ids[first : first + len(checksums)])
+    try:
+        for view in room.views:
+            await connection.receive_into(view)
+    except BaseException:
+        room.release()
+        raise
+    job = pull.crew.submit(first, checksums, lambda start, end: room.bring(start - first, end - first))
+    job.add_done_callback(lambda _: room.release())
 
 
 def _check_ticket(message: Message, ticket: KvTicket) -> None:

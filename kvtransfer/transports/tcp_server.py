@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame, WaitFrame
+from kvtransfer.staging import Stage
 from kvtransfer.transports.connection import Connection
 from kvtransfer.transports.tcp_frames import (
     MAX_METADATA,
@@ -19,7 +20,6 @@ from kvtransfer.transports.tcp_frames import (
     PullMessage,
     WaitMessage,
 )
-from llm.kv.pool import KvPool
 from tandem.errors import TandemError
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,12 @@ class Source(Protocol):
 
 
 class TcpServer:
-    """Sends blocks straight from the pool to whoever names a ticket. A peer that sends anything else is cut off and counted."""
+    """Sends blocks to whoever names a ticket. A peer that sends anything else is cut off and counted."""
 
-    def __init__(self, pool: KvPool, source: Source, host: str) -> None:
+    def __init__(self, stage: Stage, block_bytes: int, source: Source, host: str) -> None:
         self.num_refused = 0
-        self._pool = pool
+        self._stage = stage
+        self._block_bytes = block_bytes
         self._source = source
         self._host = host
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,10 +144,11 @@ class TcpServer:
 
     async def _send_blocks(self, connection: Connection, ticket_id: str, frame: BlocksFrame) -> None:
         first, last = frame.first_block_index, frame.first_block_index + len(frame.checksums)
-        blocks = [self._pool.block_view(block) for block in self._source.block_ids(ticket_id)[first:last]]
-        size = self._pool.layout.block_bytes
-        message = BlocksMessage(ticket_id, frame.epoch, first, size, frame.checksums)
-        await connection.send(message, blocks, lambda: self._source.renew(ticket_id))
+        block_ids = self._source.block_ids(ticket_id)[first:last]
+        await connection.send(BlocksMessage(ticket_id, frame.epoch, first, self._block_bytes, frame.checksums))
+        async with aclosing(self._stage.lend(block_ids)) as runs:
+            async for run in runs:
+                await connection.send_blocks(run, lambda: self._source.renew(ticket_id))
 
 
 def _error_message(request: PullMessage, error: TandemError) -> ErrorMessage:

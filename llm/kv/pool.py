@@ -8,10 +8,12 @@ import mmap
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from llm.kv.device_memory import DeviceMemory
+from llm.kv.exported_memory import ExportedMemory
+from llm.kv.host_identity import boot_id
 from llm.kv.layout import KvLayout
 
 MEMORY_NAME = "tandem-kv"
@@ -39,27 +41,48 @@ class KvPool:
     """`num_blocks` KV blocks of one layout on one device. The caller closes it.
 
     On Linux and CPU the memory is an anonymous memory file: other processes may map it, and it is gone with the last process that
-    has it, however that ends.
+    has it, however that ends. On a GPU it is an allocation of its own, which other processes may open too.
     """
 
-    def __init__(self, layout: KvLayout, tensor: torch.Tensor, memory: mmap.mmap | None, shared: SharedPool | None) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        tensor: torch.Tensor,
+        memory: mmap.mmap | None = None,
+        shared: SharedPool | None = None,
+        device_memory: DeviceMemory | None = None,
+    ) -> None:
         self.layout = layout
         self.tensor = tensor
         """[num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]"""
         self.shared = shared
-        """None where the memory cannot be shared, or once closed."""
+        """None where the memory is not the host's or cannot be shared, or once closed."""
         self.num_blocks: int = tensor.shape[0]
+        self.on_device = device_memory is not None
         self._memory = memory
+        self._device_memory = device_memory
         self._bytes = None if memory is None else memoryview(memory)
 
     @classmethod
     def create(cls, layout: KvLayout, num_blocks: int, device: str = "cpu") -> KvPool:
-        """A pool of zeros; its pages are taken from the system when they are first written."""
-        shape = (num_blocks, *layout.block_shape)
-        if torch.device(device).type != "cpu":
-            return cls(layout, torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device), None, None)
-        memory, shared = _allocate(num_blocks * layout.block_bytes)
-        return cls(layout, torch.frombuffer(memory, dtype=_DTYPES[layout.dtype]).view(shape), memory, shared)
+        """A pool of zeros; on a CPU its pages are taken from the system when they are first written. Raises DeviceMemoryError."""
+        where = torch.device(device)
+        num_bytes = num_blocks * layout.block_bytes
+        if where.type == "cuda":
+            return cls.over(layout, DeviceMemory(num_bytes, where))
+        memory, shared = _allocate(num_bytes)
+        tensor = torch.frombuffer(memory, dtype=_DTYPES[layout.dtype])
+        return cls(layout, tensor.view(num_blocks, *layout.block_shape), memory, shared)
+
+    @classmethod
+    def over(cls, layout: KvLayout, device_memory: DeviceMemory) -> KvPool:
+        """A pool in that memory, which it takes over."""
+        return cls(layout, blocks_in(device_memory.tensor, layout), device_memory=device_memory)
+
+    @property
+    def exported(self) -> ExportedMemory | None:
+        """How others open the pool if it is a GPU's; None otherwise, or once closed."""
+        return None if self._device_memory is None else self._device_memory.exported
 
     def block_view(self, block_id: int) -> memoryview:
         """A block's bytes, writable and not copied; on CPU only. IndexError if there is no such block."""
@@ -70,7 +93,10 @@ class KvPool:
         return self._bytes[block_id * size : (block_id + 1) * size]
 
     def close(self) -> None:
-        """Gives the memory back, as soon as no tensor and no view of it is left either. Idempotent."""
+        """Gives the memory back, on a CPU as soon as no tensor and no view of it is left either. Idempotent.
+
+        On a GPU whoever still has a tensor of it must not use it any more.
+        """
         if self.shared is not None:
             os.close(self.shared.fd)
         self.shared = None
@@ -82,14 +108,15 @@ class KvPool:
             if self._memory is not None:
                 self._memory.close()
         self._bytes = self._memory = None
+        if self._device_memory is not None:
+            self._device_memory.free()
+            self._device_memory = None
 
 
-def boot_id() -> str:
-    """Identifies the running kernel; empty where there is no such thing."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def blocks_in(memory: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+    """A tensor of bytes as one of blocks; a rest that holds no whole block is left out."""
+    num_blocks = memory.numel() // layout.block_bytes
+    return memory[: num_blocks * layout.block_bytes].view(_DTYPES[layout.dtype]).view(num_blocks, *layout.block_shape)
 
 
 def _allocate(num_bytes: int) -> tuple[mmap.mmap, SharedPool | None]:

@@ -72,12 +72,14 @@ class KvLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[_Union[KvDtype, str]] = ..., tensor_parallel_size: _Optional[int] = ..., tensor_parallel_rank: _Optional[int] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
-    __slots__ = ("shm", "tcp")
+    __slots__ = ("shm", "tcp", "cuda_ipc")
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_FIELD_NUMBER: _ClassVar[int]
     shm: ShmOffer
     tcp: TcpOffer
-    def __init__(self, shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ...) -> None: ...
+    cuda_ipc: CudaIpcOffer
+    def __init__(self, shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ..., cuda_ipc: _Optional[_Union[CudaIpcOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("pid", "fd", "inode", "boot_id", "pool_bytes")
@@ -100,6 +102,22 @@ class TcpOffer(_message.Message):
     host: str
     port: int
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+
+class CudaIpcOffer(_message.Message):
+    __slots__ = ("handle", "device_uuid", "pool_bytes", "pid", "process_start_ticks", "boot_id")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_START_TICKS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    handle: bytes
+    device_uuid: str
+    pool_bytes: int
+    pid: int
+    process_start_ticks: int
+    boot_id: str
+    def __init__(self, handle: _Optional[bytes] = ..., device_uuid: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., process_start_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("ticket_id", "epoch", "first_block_index")

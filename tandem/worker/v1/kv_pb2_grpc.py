@@ -54,7 +54,7 @@ class KvTransferServiceServicer:
     def Pull(self, request, context):
         """Pull streams what becomes ready under a ticket: blocks, in order and without gap, then the end.
 
-        With the shm transport the frames say which blocks may be read from the mapped pool. Each frame sent renews the lease. May be
+        With shm and cuda_ipc the frames say which blocks may be read from the mapped pool. Each frame sent renews the lease. May be
         repeated, from any block, until the ticket is released. No side effect beyond the lease.
 
         NOT_FOUND: the ticket is unknown, expired, aborted or of another epoch; prefill again.

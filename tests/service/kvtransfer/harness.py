@@ -13,7 +13,7 @@ import torch
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import KvTransferServicer
-from kvtransfer.ticket import KvTicket
+from kvtransfer.ticket import TRANSPORTS, KvTicket
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.addresses import free_port
@@ -60,14 +60,11 @@ class Transfer:
         return ticket
 
     def arrived(self, ticket: KvTicket, block_ids: Sequence[int]) -> bool:
-        return all(
-            self.target.block_view(mine) == self.source.block_view(theirs)
-            for mine, theirs in zip(block_ids, ticket.block_ids, strict=True)
-        )
+        return torch.equal(_words(self.target)[list(block_ids)], _words(self.source)[list(ticket.block_ids)])
 
     def flip(self, block_id: int, offset: int = 100) -> None:
         """Damages a byte in the producer's memory."""
-        self.source.block_view(block_id)[offset] ^= 0x10
+        _words(self.source)[block_id, offset // 4] ^= 0x10
 
     def wait(self, seconds: float) -> None:
         """Lets time pass for the leases."""
@@ -86,10 +83,10 @@ class Transfer:
 
 
 @contextlib.asynccontextmanager
-async def transfer(*transports: str) -> AsyncIterator[Transfer]:
+async def transfer(*transports: str, make_pool: Callable[[KvLayout, int], KvPool] = KvPool.create) -> AsyncIterator[Transfer]:
     """Both sides, running; checks at the end that nothing is left of them."""
     tasks, sockets = asyncio.all_tasks(), num_sockets()
-    source, target = KvPool.create(LAYOUT, NUM_BLOCKS), KvPool.create(LAYOUT, NUM_BLOCKS)
+    source, target = make_pool(LAYOUT, NUM_BLOCKS), make_pool(LAYOUT, NUM_BLOCKS)
     source.tensor.normal_(generator=torch.Generator().manual_seed(0))
     clock, freed = Clock(), list[tuple[int, ...]]()
     port = free_port("127.0.0.1")
@@ -103,7 +100,7 @@ async def transfer(*transports: str) -> AsyncIterator[Transfer]:
     server = grpc.aio.server(interceptors=[Interceptor()], options=server_options(100))
     kv_pb2_grpc.add_KvTransferServiceServicer_to_server(KvTransferServicer(producer), server)
     server.add_insecure_port(f"127.0.0.1:{port}")
-    puller = KvPuller(target, LAYOUT, "model", "tokenizer", channels=open_internal_channel, transports=transports or ("shm", "tcp"))
+    puller = KvPuller(target, LAYOUT, "model", "tokenizer", channels=open_internal_channel, transports=transports or TRANSPORTS)
     await producer.start()
     await server.start()
     both = Transfer(source, target, producer, puller, server, clock, freed)
@@ -118,6 +115,11 @@ async def transfer(*transports: str) -> AsyncIterator[Transfer]:
     assert producer.num_outstanding == 0
     await both.until(lambda: asyncio.all_tasks() <= tasks)
     await both.until(lambda: num_sockets() <= sockets)
+
+
+def _words(pool: KvPool) -> torch.Tensor:
+    """A row a block."""
+    return pool.tensor.view(pool.num_blocks, -1).view(torch.int32)
 
 
 def num_mapped_pools() -> int:

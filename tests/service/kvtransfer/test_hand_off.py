@@ -8,7 +8,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from kvtransfer import intake
+from kvtransfer import host_blocks
 from kvtransfer.control import ControlClient
 from kvtransfer.intake import InterruptedPullError
 from kvtransfer.ticket import KvTicket
@@ -179,7 +179,7 @@ async def test_a_block_that_stays_damaged_is_never_used(transport: str) -> None:
 @pytest.mark.parametrize("num_damages", [1, 2])
 async def test_a_block_damaged_on_the_way_is_fetched_again(num_damages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     left = [num_damages]
-    whole = intake._copy
+    whole = host_blocks._copy
 
     def damaging(source: memoryview, target: memoryview) -> None:
         whole(source, target)
@@ -187,7 +187,7 @@ async def test_a_block_damaged_on_the_way_is_fetched_again(num_damages: int, mon
             left[0] -= 1
             target[9] ^= 1
 
-    monkeypatch.setattr(intake, "_copy", damaging)
+    monkeypatch.setattr(host_blocks, "_copy", damaging)
     async with transfer("shm") as at:
         spoiled = bytes(at.source.block_view(3))
         ticket = at.complete()
@@ -232,7 +232,7 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(transport: str) -
 
 async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, entered, leave = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    whole, copied = intake._copy, list[int]()
+    whole, copied = host_blocks._copy, list[int]()
 
     def held(source: memoryview, target: memoryview) -> None:
         loop.call_soon_threadsafe(entered.set)
@@ -240,7 +240,7 @@ async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkey
         whole(source, target)
         copied.append(1)
 
-    monkeypatch.setattr(intake, "_copy", held)
+    monkeypatch.setattr(host_blocks, "_copy", held)
     async with transfer("shm") as at:
         pulling = asyncio.create_task(at.puller.pull(at.complete(), MINE))
         await entered.wait()

@@ -17,7 +17,7 @@ def with_shm(ticket: KvTicket, **fields: object) -> KvTicket:
 
 async def test_shared_memory_where_possible() -> None:
     async with transfer() as at:
-        assert str(at.puller.choose(at.complete())) == "shm: same host, mapped read-only"
+        assert str(await at.puller.choose(at.complete())) == "shm: same host, mapped read-only"
 
 
 @pytest.mark.parametrize(
@@ -35,25 +35,25 @@ async def test_shared_memory_where_possible() -> None:
 async def test_else_tcp_with_the_reason(fields: dict[str, object], reason: str) -> None:
     async with transfer() as at:
         ticket = with_shm(at.complete(), **fields)
-        assert str(at.puller.choose(ticket)).startswith(reason)
+        assert str(await at.puller.choose(ticket)).startswith(reason)
         assert (await at.puller.pull(ticket, range(20, 28))).transport == "tcp"
 
 
 async def test_what_is_not_offered_or_switched_off() -> None:
     async with transfer("tcp") as at:
-        assert str(at.puller.choose(at.complete())) == "tcp: shm is switched off here"
+        assert str(await at.puller.choose(at.complete())) == "tcp: shm is switched off here"
     async with transfer() as at:
         ticket = at.complete()
         only_tcp = replace(ticket, offers=tuple(offer for offer in ticket.offers if isinstance(offer, TcpOffer)))
-        assert str(at.puller.choose(only_tcp)) == "tcp: producer does not offer shm"
+        assert str(await at.puller.choose(only_tcp)) == "tcp: producer does not offer shm"
     async with transfer("tcp", "shm") as at:
-        assert str(at.puller.choose(at.complete())) == "tcp: preferred here"
+        assert str(await at.puller.choose(at.complete())) == "tcp: preferred here"
 
 
 async def test_no_transport_in_common() -> None:
     async with transfer("shm") as at:
         with pytest.raises(TandemError, match="boot id differs") as caught:
-            at.puller.choose(with_shm(at.complete(), boot_id="another"))
+            await at.puller.choose(with_shm(at.complete(), boot_id="another"))
         assert caught.value.reason is Reason.KV_LAYOUT_MISMATCH
 
 
@@ -62,9 +62,9 @@ async def test_memory_is_taken_from_its_own_producer_only() -> None:
         ticket = at.complete()
         await at.puller.pull(ticket, range(20, 28))
         impostor = replace(ticket, producer_id="another", address="127.0.0.1:1")
-        assert str(at.puller.choose(impostor)) == "tcp: offered memory is that of another producer (producer id differs)"
+        assert str(await at.puller.choose(impostor)) == "tcp: offered memory is that of another producer (producer id differs)"
         other = with_shm(ticket, inode=1)
-        assert str(at.puller.choose(other)) == "tcp: producer has offered other memory before under the same id"
+        assert str(await at.puller.choose(other)) == "tcp: producer has offered other memory before under the same id"
 
 
 async def test_a_producer_is_mapped_once_and_dropped_when_another_takes_its_place() -> None:
@@ -75,7 +75,7 @@ async def test_a_producer_is_mapped_once_and_dropped_when_another_takes_its_plac
         mapping = peer.mapping
         assert mapping is not None and mapping.offer == at.complete().offers[0]
         successor = replace(at.complete(), producer_id="restarted")
-        assert at.puller.choose(successor).transport == "shm"
+        assert (await at.puller.choose(successor)).transport == "shm"
         (new,) = at.puller._peers._peers.values()
         assert new is not peer and new.producer_id == "restarted"
         await at.until(lambda: mapping._memory.closed)

@@ -2,12 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvtransfer import intake
 from kvtransfer.checksum import block_checksum
 from kvtransfer.frames import BlocksFrame
 from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError, Sequencer
@@ -15,6 +14,26 @@ from tandem.errors import Reason, TandemError
 
 SOURCES = [memoryview(bytes([index]) * 64) for index in range(4)]
 CHECKSUMS = [block_checksum(source) for source in SOURCES]
+
+
+class Blocks:
+    """Four blocks that are taken in one at a time."""
+
+    num_per_job, num_per_turn = 4, 1
+
+    def __init__(self) -> None:
+        self.content = [bytearray(64) for _ in SOURCES]
+
+    def warm_up(self) -> None:
+        pass
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        return [block_checksum(bytes(self.content[block])) for block in block_ids]
+
+    def fetch(self, first: int, last: int) -> list[int]:
+        for index in range(first, last):
+            self.content[index][:] = SOURCES[index]
+        return self.checksums(range(first, last))
 
 
 @pytest.fixture
@@ -25,7 +44,12 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def destination() -> Destination:
-    return Destination([memoryview(bytearray(64)) for _ in SOURCES])
+    return Destination(range(len(SOURCES)))
+
+
+@pytest.fixture
+def blocks() -> Blocks:
+    return Blocks()
 
 
 def test_frames_in_order_are_new() -> None:
@@ -54,30 +78,30 @@ def test_an_early_or_foreign_end_is_no_end() -> None:
             sequencer.end(epoch)
 
 
-async def test_blocks_are_copied_and_verified(destination: Destination, threads: ThreadPoolExecutor) -> None:
-    async with Crew(destination, threads) as crew:
-        crew.start(0, CHECKSUMS[:3], SOURCES[:3])
-        crew.start(3, CHECKSUMS[3:], SOURCES[3:])
+async def test_blocks_are_copied_and_verified(destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks) -> None:
+    async with Crew(destination, threads, blocks) as crew:
+        crew.start(0, CHECKSUMS[:3], blocks.fetch)
+        crew.start(3, CHECKSUMS[3:], blocks.fetch)
         await crew.join()
     assert destination.num_verified == 4
-    assert [bytes(view) for view in destination.views] == [bytes(source) for source in SOURCES]
+    assert [bytes(content) for content in blocks.content] == [bytes(source) for source in SOURCES]
 
 
-async def test_a_damaged_block_is_named_and_not_counted(destination: Destination, threads: ThreadPoolExecutor) -> None:
+async def test_a_damaged_block_is_named_and_not_counted(
+    destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks
+) -> None:
     with pytest.raises(DamagedBlockError) as caught:
-        async with Crew(destination, threads) as crew:
-            crew.start(0, [*CHECKSUMS[:2], 1, CHECKSUMS[3]], SOURCES)
+        async with Crew(destination, threads, blocks) as crew:
+            crew.start(0, [*CHECKSUMS[:2], 1, CHECKSUMS[3]], blocks.fetch)
             await crew.join()
     assert (caught.value.index, destination.num_verified) == (2, 2)
 
 
 def test_what_came_after_a_damaged_block_is_fetched_and_verified_again(destination: Destination) -> None:
     for index in (0, 2):
-        destination.views[index][:] = SOURCES[index]
-        destination.verify(index, CHECKSUMS[index])
+        destination.verify(index, CHECKSUMS[index : index + 1], CHECKSUMS[index : index + 1])
     destination.begin_attempt()
-    destination.views[1][:] = SOURCES[1]
-    destination.verify(1, CHECKSUMS[1])
+    destination.verify(1, CHECKSUMS[1:2], CHECKSUMS[1:2])
     assert destination.num_verified == 2
 
 
@@ -99,23 +123,23 @@ def test_a_pull_is_resumed_once(destination: Destination) -> None:
 
 
 async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
-    destination: Destination, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks
 ) -> None:
     entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    def copy(source: memoryview, target: memoryview) -> None:
+    def arrive(first: int, last: int) -> list[int]:
         loop.call_soon_threadsafe(entered.set)
         assert leave.wait(30)
-        target[:] = source
+        found = blocks.fetch(first, last)
         left.set()
+        return found
 
     async def pull() -> None:
-        async with Crew(destination, threads) as crew:
-            crew.start(0, CHECKSUMS, SOURCES)
+        async with Crew(destination, threads, blocks) as crew:
+            crew.start(0, CHECKSUMS, arrive)
             await crew.join()
 
-    monkeypatch.setattr(intake, "_copy", copy)
     task = asyncio.create_task(pull())
     await entered.wait()
     for _ in range(3):
@@ -127,4 +151,4 @@ async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left.is_set()
-    assert not any(destination.views[1]), "after the block in hand the thread stops"
+    assert not any(blocks.content[1]), "after the turn in hand the thread stops"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.kv.host_identity import boot_id
 from llm.kv.layout import KvLayout
-from llm.kv.pool import MEMORY_NAME, KvPool, boot_id
+from llm.kv.pool import MEMORY_NAME, KvPool
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=3, head_dim=4, block_tokens=5, dtype="bfloat16")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pools are shared on Linux only")

@@ -1,0 +1,52 @@
+"""A pool's blocks in GPU memory, as transfers see them."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from llm.kv.device_lane import MAX_BLOCKS, Lane
+from llm.kv.pool import KvPool, blocks_in
+
+
+class DeviceBlocks:
+    """Copies and checksums on the GPU; the calling thread waits for them, without the GIL. Each thread has a stream of its own."""
+
+    num_per_job = num_per_turn = MAX_BLOCKS
+    """One launch copies a whole frame's blocks."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self.device = pool.tensor.device
+        self.block_bytes = pool.layout.block_bytes
+        self._pool = pool
+        self._thread = threading.local()
+
+    def warm_up(self) -> None:
+        """Compiles the kernels; takes a second."""
+        self._lane.warm_up()
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        return self._lane.checksums(block_ids)
+
+    def fetch(self, memory: torch.Tensor, source_ids: Sequence[int], block_ids: Sequence[int]) -> list[int]:
+        """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what then lies in ours."""
+        return self._lane.fetch(blocks_in(memory, self._pool.layout), source_ids, block_ids)
+
+    def store(self, staged: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+        """Copies rows of `pinned` memory into blocks, one a block; the checksums of what then lies in them."""
+        return self._lane.store(staged, block_ids)
+
+    def load(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
+        """Copies blocks to rows of `pinned` memory."""
+        self._lane.load(block_ids, staged)
+
+    def pinned(self, num_blocks: int) -> torch.Tensor:
+        """Host memory, a row a block, that the GPU can copy to and from while the host does something else."""
+        return torch.empty(num_blocks, self.block_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    @property
+    def _lane(self) -> Lane:
+        lane: Lane | None = getattr(self._thread, "lane", None)
+        if lane is None:
+            lane = self._thread.lane = Lane(self._pool.tensor)
+        return lane

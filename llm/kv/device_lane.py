@@ -1,0 +1,95 @@
+"""Copies and checksums of a GPU pool's blocks, beside whatever the engine computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from llm.ops.gpu.block_copy import copy_blocks
+from llm.ops.gpu.checksum import block_checksums
+
+MAX_BLOCKS = 256
+"""Blocks of one call."""
+
+_HIGH_PRIORITY = -1
+"""Transfers are short and somebody waits for them; a step's kernels fill the GPU for milliseconds."""
+
+
+class Lane:
+    """A stream of its own over one pool [num_blocks, ...], and pinned room for what goes to and fro. For one thread at a time.
+
+    Each call returns when the GPU has done with it, however it ends; so nothing reads or writes blocks after a call. What the
+    engine's stream does is neither waited for nor held up. On CPU tensors (in tests) the same runs at once.
+    """
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        on_gpu = pool.is_cuda
+        self._pool = pool
+        self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
+        self._device_ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, device=pool.device)
+        self._sums = torch.empty(MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
+
+    def warm_up(self) -> None:
+        """Compiles the kernels."""
+        with self._running():
+            ids = self._upload([0], [0])
+            copy_blocks(self._pool, torch.empty_like(self._pool[:1]), ids[0], ids[1])
+            self._start_checksums(ids[1])
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        """XXH3-64 of each block."""
+        with self._running():
+            self._start_checksums(self._upload(block_ids)[0])
+        return self._checksums(len(block_ids))
+
+    def fetch(self, source: torch.Tensor, source_ids: Sequence[int], block_ids: Sequence[int]) -> list[int]:
+        """Copies blocks of `source`, a pool that this GPU can read, in one launch; the checksums of what then lies in ours."""
+        with self._running():
+            ids = self._upload(source_ids, block_ids)
+            copy_blocks(source, self._pool, ids[0], ids[1])
+            self._start_checksums(ids[1])
+        return self._checksums(len(block_ids))
+
+    def store(self, staged: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+        """Copies rows of bytes from pinned host memory, one a block; the checksums of what then lies in ours."""
+        with self._running():
+            for row, block in zip(staged, block_ids, strict=True):
+                self._bytes_of(block).copy_(row, non_blocking=True)
+            self._start_checksums(self._upload(block_ids)[0])
+        return self._checksums(len(block_ids))
+
+    def load(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
+        """Copies blocks to rows of bytes in pinned host memory."""
+        with self._running():
+            for row, block in zip(staged, block_ids, strict=True):
+                row.copy_(self._bytes_of(block), non_blocking=True)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        stream = self._stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            try:
+                yield
+            finally:
+                if stream is not None:
+                    stream.synchronize()
+
+    def _upload(self, *lists: Sequence[int]) -> torch.Tensor:
+        """The lists of ids on the device, a row each; valid until the next call."""
+        count = len(lists[0])
+        for row, ids in zip(self._ids, lists, strict=False):
+            row[:count] = torch.tensor(ids, dtype=torch.int32)
+        self._device_ids.copy_(self._ids, non_blocking=True)
+        return self._device_ids[:, :count]
+
+    def _start_checksums(self, ids: torch.Tensor) -> None:
+        self._sums[: ids.shape[0]].copy_(block_checksums(self._pool, ids), non_blocking=True)
+
+    def _checksums(self, count: int) -> list[int]:
+        return [value % (1 << 64) for value in self._sums[:count].tolist()]
+
+    def _bytes_of(self, block_id: int) -> torch.Tensor:
+        return self._pool[block_id].view(-1).view(torch.uint8)
