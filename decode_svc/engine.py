@@ -177,6 +177,10 @@ class DecodeEngine:
             batcher, speed = self._batcher, self._speed.tokens_per_second
             return EngineLoad(batcher.num_waiting, batcher.num_active, batcher.num_pulling, self._allocator.num_free, speed)
 
+    @property
+    def thread(self) -> EngineThread:
+        return self._thread
+
     def step(self) -> bool:
         """One step of the engine thread; False if there was nothing to compute."""
         work = self._schedule()

@@ -21,6 +21,7 @@ from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
 from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
@@ -83,6 +84,8 @@ class DecodeWorker:
         config = loaded.runner.config
         self._decode = DecodeServicer(self._engine, self._puller, ModelLimits(config.vocab_size, config.context_tokens))
         self._status = StatusServicer(self._identity(files), self._snapshot)
+        self._progress = ProgressWatch(self._works, self._judged)
+        loaded.runner.report_layers(self._engine.thread.beat)
         self._add_services()
 
     async def start(self) -> str:
@@ -90,6 +93,7 @@ class DecodeWorker:
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
+        self._progress.start()
         address = target(self._settings.server.host, port)
         logger.info("serving on %s, %s", address, self._loaded.runner.device_description)
         return address
@@ -143,10 +147,18 @@ class DecodeWorker:
         await self._decode.wait_idle()
 
     async def _close(self) -> None:
+        await self._progress.close()
         await self._decode.close()
         await self._puller.close()
         await asyncio.to_thread(self._engine.stop)
         self._loaded.pool.close()
+
+    def _works(self) -> dict[str, Work]:
+        return {"engine": self._engine.thread.work()}
+
+    def _judged(self, healthy: bool) -> None:
+        self._server.set_ready(healthy)
+        self._status.changed()
 
     def _changed(self) -> None:
         self._status.changed()

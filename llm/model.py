@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ class Model:
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], operations: Operations) -> None:
         self.config, self._operations = config, operations
+        self.layer_done: Callable[[], None] = lambda: None
+        """Called once per layer of each step, so that a step that takes long can be told from one that hangs."""
         self._embedding, self._norm, self._frequencies = tensors["embedding"], tensors["norm"], tensors[ROPE]
         self._layers = [_make_layer(tensors, f"layers.{index}.", operations) for index in range(config.num_layers)]
         self._head = operations.linear(tensors["embedding" if config.tie_embeddings else "head"], lasting=True)
@@ -54,6 +56,7 @@ class Model:
             attended = layer.output(operations.attention(qkv, batch, pool, index))
             normed = operations.add_rms_norm(x, attended, layer.ffn_norm, eps)
             delta = layer.down(operations.silu_mul(layer.gate_up(normed)))
+            self.layer_done()
         assert delta is not None
         return self._logits(x, delta, batch)
 

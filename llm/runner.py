@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,10 @@ class ModelRunner:
     def device_description(self) -> str:
         """For people: "cpu (2 threads)"."""
         return f"cpu ({torch.get_num_threads()} threads)"
+
+    def report_layers(self, layer_done: Callable[[], None]) -> None:
+        """Has `layer_done` called once per layer of each step, on the thread that runs it."""
+        self._model.layer_done = layer_done
 
     def attach(self, pool: Pool) -> None:
         """Sets the KV pool that the following calls write to and read from."""

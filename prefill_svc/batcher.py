@@ -66,6 +66,8 @@ class PrefillBatcher:
         self._waiting: deque[PromptState] = deque()
         self._running: list[PromptState] = []
         self._in_flight: set[PromptState] = set()
+        self.num_admitted = 0
+        """Prompts that have been given their blocks so far."""
 
     def submit(self, prompt: PromptState) -> None:
         """Queues a prompt; POOL_TOO_SMALL if no pool of this size ever holds it, QUEUE_FULL if too many wait."""
@@ -90,6 +92,7 @@ class PrefillBatcher:
             prompt.num_cached_tokens = prompt.num_computed_tokens = prompt.num_scheduled_tokens = blocks.num_cached_tokens
             self._running.append(self._waiting.popleft())
             admitted.append(prompt)
+        self.num_admitted += len(admitted)
         return admitted
 
     def expired(self, now: float) -> list[PromptState]:

@@ -79,6 +79,7 @@ class EngineLoad:
 
     num_waiting: int
     num_running: int
+    num_admitted: int
     num_queued_tokens: int
     num_free_blocks: int
     tokens_per_second: float
@@ -154,8 +155,18 @@ class PrefillEngine:
     def load(self) -> EngineLoad:
         with self._lock:
             batcher = self._batcher
-            speed = self._speed.tokens_per_second
-            return EngineLoad(batcher.num_waiting, batcher.num_running, batcher.num_queued_tokens, self._allocator.num_free, speed)
+            return EngineLoad(
+                num_waiting=batcher.num_waiting,
+                num_running=batcher.num_running,
+                num_admitted=batcher.num_admitted,
+                num_queued_tokens=batcher.num_queued_tokens,
+                num_free_blocks=self._allocator.num_free,
+                tokens_per_second=self._speed.tokens_per_second,
+            )
+
+    @property
+    def thread(self) -> EngineThread:
+        return self._thread
 
     def step(self) -> bool:
         """One step of the engine thread; False if there was nothing to compute."""

@@ -22,6 +22,7 @@ from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
 from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
@@ -78,6 +79,8 @@ class PrefillWorker:
         model_limits = ModelLimits(config.vocab_size, config.context_tokens)
         self._prefill = PrefillServicer(self._engine, self._producer, files.digest, model_limits)
         self._status = StatusServicer(self._identity(files), self._snapshot)
+        self._progress = ProgressWatch(self._works, self._judged)
+        loaded.runner.report_layers(self._engine.thread.beat)
         self._add_services()
 
     async def start(self) -> str:
@@ -86,6 +89,7 @@ class PrefillWorker:
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)
+        self._progress.start()
         address = target(self._settings.server.host, port)
         logger.info("serving on %s, %s", address, self._loaded.runner.device_description)
         return address
@@ -157,9 +161,21 @@ class PrefillWorker:
         await self._producer.wait_idle()
 
     async def _close(self) -> None:
+        await self._progress.close()
         await self._producer.close()
         await asyncio.to_thread(self._engine.stop)
         self._loaded.pool.close()
+
+    def _works(self) -> dict[str, Work]:
+        load = self._engine.load()
+        held_up = load.num_waiting > 0 and load.num_running == 0
+        # A decode worker that has died keeps blocks from others for one lease.
+        admission = Work(held_up, load.num_admitted, excused_s=self._settings.transfer.lease_s + 1.0)
+        return {"engine": self._engine.thread.work(), "admission": admission}
+
+    def _judged(self, healthy: bool) -> None:
+        self._server.set_ready(healthy)
+        self._status.changed()
 
     def _changed(self) -> None:
         self._status.changed()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from tandem.progress import Work
+
 logger = logging.getLogger(__name__)
 
 Event = TypeVar("Event")
@@ -67,6 +69,8 @@ class EngineThread:
         self._on_failure = on_failure
         self._work = threading.Event()
         self._stopping = False
+        self._resting = True
+        self._num_beats = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -74,6 +78,14 @@ class EngineThread:
 
     def wake(self) -> None:
         self._work.set()
+
+    def beat(self) -> None:
+        """Says that the present step moves on; from the thread itself."""
+        self._num_beats += 1
+
+    def work(self) -> Work:
+        """Whether the thread is at work, and how often that has moved on."""
+        return Work(not self._resting or self._work.is_set(), self._num_beats)
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after its present step; False if that took longer than `timeout_s`."""
@@ -87,7 +99,10 @@ class EngineThread:
             self._begin()
             while not self._stopping:
                 self._work.clear()
+                self._resting = False
+                self.beat()
                 if not self._step():
+                    self._resting = True
                     self._work.wait()
         except Exception as error:
             logger.exception("the engine failed")

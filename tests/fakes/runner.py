@@ -68,6 +68,9 @@ class FakeRunner:
     def adopt_thread(self) -> None:
         """Nothing to take over."""
 
+    def report_layers(self, layer_done: Callable[[], None]) -> None:
+        """There are none."""
+
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         self.gate()
         self.sizes.append([len(piece.token_ids) for piece in slices])

@@ -7,16 +7,20 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from tandem.api.v1 import operations_pb2
 from tandem.errors import Reason, from_rpc_error
 from tandem.tracing import configure_tracing, recent_spans
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, status_pb2, status_pb2_grpc
+from tandem.worker_settings import TransferSettings
 from tests.fakes.runner import completion
 from tests.service.workers.harness import (
     Node,
     Pair,
     decode_request,
+    generate,
     held,
     node,
     open_decode,
@@ -26,6 +30,7 @@ from tests.service.workers.harness import (
 )
 
 PROMPT = [(13 * index + 2) % 251 for index in range(41)]
+LEASE_S = 60.0
 State = status_pb2.WatchResponse
 
 
@@ -118,6 +123,38 @@ async def test_a_stream_that_takes_longer_than_a_leaving_worker_waits_can_go_on_
         await decode.wait_idle()
 
 
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+async def test_a_worker_whose_engine_hangs_is_not_ready_until_it_moves_on(kind: str) -> None:
+    async with pair() as nodes:
+        at: Node = getattr(nodes, kind)
+        with held(at) as entered:
+            answering = asyncio.create_task(generate(nodes, prefill_request(PROMPT)))
+            await entered()
+            for _ in range(5):
+                at.worker._progress.look(1.0)
+            assert (await _ready(at), await _condition(at)) == (2, operations_pb2.WORKER_CONDITION_STALLED)
+        assert (await answering)[0] == completion(PROMPT, 8)
+        at.worker._progress.look(1.0)
+        assert (await _ready(at), await _condition(at)) == (1, operations_pb2.WORKER_CONDITION_SERVING)
+
+
+async def test_prompts_that_wait_for_blocks_longer_than_a_lease_make_a_worker_not_ready() -> None:
+    async with node("prefill", num_blocks=11, transfer=TransferSettings(lease_s=LEASE_S)) as at:
+        await _prefilled(open_prefill(at, prefill_request(PROMPT)))
+        waiting = open_prefill(at, prefill_request(PROMPT))
+        await at.until(lambda load: load.num_waiting == 1)
+        at.worker._progress.look(1.0)
+        for _ in range(2):
+            at.worker._progress.look(LEASE_S / 2)
+        assert await _condition(at) == operations_pb2.WORKER_CONDITION_SERVING
+        at.worker._progress.look(1.0)
+        assert await _condition(at) == operations_pb2.WORKER_CONDITION_STALLED
+        waiting.cancel()
+        await at.until(lambda load: load.num_waiting == 0)
+        at.worker._progress.look(1.0)
+        assert await _condition(at) == operations_pb2.WORKER_CONDITION_SERVING
+
+
 async def test_the_spans_of_a_request_follow_each_other_in_its_trace() -> None:
     configure_tracing("tandem.test")
     trace_id = uuid.uuid4().hex
@@ -159,6 +196,18 @@ async def test_a_cancelled_pull_gives_its_ticket_back(monkeypatch: pytest.Monkey
         decode.cancel()
         await nodes.prefill.wait_idle()
         await nodes.decode.wait_idle()
+
+
+async def _ready(at: Node) -> int:
+    name = "prefill.ready" if at.worker._server._name == "prefill" else "decode.ready"
+    return int((await HealthStub(at.channel).Check(health_pb2.HealthCheckRequest(service=name))).status)
+
+
+async def _condition(at: Node) -> int:
+    call = status_pb2_grpc.WorkerStatusServiceStub(at.channel).Watch(status_pb2.WatchRequest())
+    state = await call.read()
+    call.cancel()
+    return int(state.condition)
 
 
 async def _prefilled(call: grpc.aio.UnaryStreamCall) -> prefill_pb2.Admitted:
