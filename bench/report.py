@@ -1,91 +1,104 @@
-"""Figures from records, as a table for people, JSON for programs and a plot for the eye."""
+"""Figures as tables for people and as JSON for programs."""
 
 import json
+import os
 import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.client import Record, Shape
+from bench.figures import Figures
+from bench.presets import Goal
 
-Figures = Mapping[str, float]
+# Heading, then the figures that share the column.
+COLUMNS: Sequence[tuple[str, tuple[str, ...]]] = (
+    ("req/s", ("requests_per_second",)),
+    ("out tok/s", ("output_tokens_per_second",)),
+    ("TTFT ms\np50 / p90 / p99", ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms")),
+    ("TPOT ms\np50 / p99", ("tpot_p50_ms", "tpot_p99_ms")),
+    ("ITL ms\np50 / p99 / max", ("itl_p50_ms", "itl_p99_ms", "itl_max_ms")),
+    ("hand-off ms\np50 / p99", ("handoff_p50_ms", "handoff_p99_ms")),
+    ("prefill\ntok/s", ("prefill_tokens_per_second",)),
+    ("goodput\nreq/s", ("goodput_per_second",)),
+    ("sender lag\np99 ms", ("generator_lag_p99_ms",)),
+)
+# Of these, more is better; of all others, less.
+MORE_IS_BETTER = frozenset({"requests_per_second", "output_tokens_per_second", "prefill_tokens_per_second", "goodput_per_second"})
 
-COLUMNS: Mapping[str, str] = {
-    "output_tokens_per_second": "out tok/s",
-    "ttft_p50_ms": "TTFT p50 ms",
-    "ttft_p99_ms": "TTFT p99 ms",
-    "tpot_p50_ms": "TPOT p50 ms",
-    "itl_p50_ms": "ITL p50 ms",
-    "itl_p99_ms": "ITL p99 ms",
-    "itl_max_ms": "ITL max ms",
-    "prefill_tokens_per_second": "prefill tok/s",
-    "handoff_p50_ms": "hand-off p50 ms",
-    "handoff_p99_ms": "hand-off p99 ms",
-}
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` % of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100).__trunc__() - 1)]
-
-
-def figures_of(shape: Shape, records: Sequence[Record]) -> Figures:
-    """All figures of one load. `prefill_tokens_per_second` is the median over requests of prompt tokens over the prefill phase;
-    hand-off is what the gateway saw from the first token's arrival to the first decode step's begin."""
-    wall_s = max(record.arrivals[-1] for record in records) - min(record.sent for record in records)
-    ttft = [1e3 * record.ttft_s for record in records]
-    gaps = [1e3 * gap for record in records for gap in record.gaps_s] or [0.0]
-    handoff = [(record.timings.handoff_us + record.timings.decode_queue_us) / 1e3 for record in records]
-    prefill = [shape.prompt_tokens * 1e6 / max(1, record.timings.prefill_us) for record in records]
-    return {
-        "output_tokens_per_second": sum(len(record.arrivals) for record in records) / wall_s,
-        "ttft_p50_ms": statistics.median(ttft),
-        "ttft_p99_ms": percentile(ttft, 99),
-        "tpot_p50_ms": 1e3 * statistics.median(record.tpot_s for record in records),
-        "itl_p50_ms": statistics.median(gaps),
-        "itl_p99_ms": percentile(gaps, 99),
-        "itl_max_ms": max(gaps),
-        "prefill_tokens_per_second": statistics.median(prefill),
-        "handoff_p50_ms": statistics.median(handoff),
-        "handoff_p99_ms": percentile(handoff, 99),
-    }
+WIDTH = 190
 
 
 def print_table(rows: Mapping[str, Figures], title: str) -> None:
-    table = Table(title=title)
-    table.add_column("in/out, streams")
-    for heading in COLUMNS.values():
+    table = Table(title=title, caption="hand-off: first token to second, so with the first decode step", caption_justify="left")
+    table.add_column("load: in/out tokens")
+    for heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    table.add_column("errors")
+    for name, figures in rows.items():
+        table.add_row(name, *(" / ".join(_text(figures[key]) for key in keys) for _, keys in COLUMNS), _errors(figures))
+    console = Console(width=WIDTH)
+    console.print(table)
+    for name, figures in rows.items():
+        for reason in figures["void"]:
+            console.print(f"[bold red]void[/] {name}: {reason}")
+
+
+def print_ratios(rows: Mapping[str, Figures], others: Mapping[str, Figures], other_name: str) -> None:
+    """Ours beside the other's: the factor by which ours is better, above 1 where it is."""
+    table = Table(title=f"Tandem beside {other_name}: times better, so above 1 where Tandem is ahead")
+    table.add_column("load: in/out tokens")
+    for heading, _ in COLUMNS[:-1]:
         table.add_column(heading, justify="right")
     for name, figures in rows.items():
-        table.add_row(name, *(f"{figures[key]:.1f}" for key in COLUMNS))
-    Console(width=180).print(table)
+        cells = [" / ".join(_text(better_by(key, figures, others[name]), 2) for key in keys) for _, keys in COLUMNS[:-1]]
+        table.add_row(name, *cells)
+    Console(width=WIDTH).print(table)
 
 
-def write_json(path: Path, rows: Mapping[str, Figures], about: Mapping[str, str]) -> None:
-    machine = {"machine": platform.machine(), "processor": platform.processor(), "python": platform.python_version()}
-    path.write_text(json.dumps({"about": {**machine, **about}, "loads": dict(rows)}, indent=2) + "\n")
+def better_by(key: str, ours: Figures, other: Figures) -> float | None:
+    """How many times better our figure is; None if one of the two is missing or nothing can be said."""
+    mine, its = ours[key], other[key]
+    if not mine or not its:
+        return None
+    ratio: float = mine / its if key in MORE_IS_BETTER else its / mine
+    return ratio
 
 
-def write_plot(path: Path, rows: Mapping[str, Figures]) -> bool:
-    """Three bar charts side by side; False if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def print_goals(rows: Mapping[str, Figures], goals: Sequence[Goal]) -> None:
+    table = Table(title="Goals of the performance page")
+    for heading in ("load: in/out tokens", "figure", "goal", "measured", "", "peer"):
+        table.add_column(heading, justify="left" if heading in ("load: in/out tokens", "figure", "") else "right")
+    for goal in goals:
+        measured = rows[goal.load][goal.figure] if goal.load in rows else None
+        verdict = "not measured" if measured is None else _verdict(goal, measured)
+        limit = "" if goal.at_most is None else f"<= {goal.at_most:g}"
+        table.add_row(goal.load, goal.figure, limit, _text(measured), verdict, goal.peer)
+    Console(width=WIDTH).print(table)
 
-    shown = ("output_tokens_per_second", "ttft_p50_ms", "itl_p99_ms", "handoff_p50_ms")
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.5), layout="constrained")
-    for axis, key in zip(axes, shown, strict=True):
-        bars = axis.barh(list(rows), [figures[key] for figures in rows.values()])
-        axis.bar_label(bars, fmt="%.0f", padding=2)
-        axis.set_title(COLUMNS[key])
-        axis.invert_yaxis()
-        axis.margins(x=0.2)
-    figure.savefig(path, dpi=120)
-    return True
+
+def _verdict(goal: Goal, measured: float) -> str:
+    if goal.at_most is None:
+        return ""
+    return "reached" if measured <= goal.at_most else f"missed by {100 * (measured / goal.at_most - 1):.0f} %"
+
+
+def _text(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _errors(figures: Figures) -> str:
+    return ", ".join(f"{count} {name}" for name, count in figures["errors"].items()) or "none"
+
+
+def write_json(path: Path, servers: Mapping[str, Mapping[str, Figures]], about: Mapping[str, Any]) -> None:
+    """`servers`: rows of figures by load, by server."""
+    machine = {
+        "machine": platform.machine(),
+        "processor": platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    path.write_text(json.dumps({"about": {**machine, **about}, "servers": servers}, indent=2) + "\n", encoding="utf-8")

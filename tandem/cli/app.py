@@ -32,6 +32,19 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+def _check_workers(text: str) -> str:
+    from tandem.cli.placement import parse_wish
+
+    try:
+        parse_wish(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+Workers = Annotated[
+    str, typer.Option(metavar="N|DEVICES", callback=_check_workers, help="How many workers of the kind, or where: cuda:0,cuda:1.")
+]
 Address = Annotated[str, typer.Option("--address", "-a", metavar="HOST:PORT", help="The gateway's gRPC address.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions to the model, before the conversation.")]
 Temperature = Annotated[float, typer.Option(help="How freely tokens are drawn; 0 always takes the likeliest.")]
@@ -44,8 +57,8 @@ Seed = Annotated[int | None, typer.Option(help="Names the random numbers: same s
 def up(
     *,
     model: Annotated[str, typer.Option("--model", "-m", envvar="TANDEM_MODEL", help="Name, path or hub name.")] = DEFAULT_MODEL,
-    prefill: Annotated[int, typer.Option(min=1, max=64, help="Number of prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, max=64, help="Number of decode workers.")] = 1,
+    prefill: Workers = "1",
+    decode: Workers = "1",
     host: Annotated[str, typer.Option(help="Interface that the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, envvar="TANDEM_PORT", help="The gateway's gRPC port.")] = 50051,
     dtype: Annotated[Dtype | None, typer.Option(help="Weight format; float32 is exact. Default: TANDEM_DTYPE or auto.")] = None,
@@ -56,13 +69,15 @@ def up(
 ) -> None:
     """Start the whole suite on this machine, and keep it running until Ctrl-C.
 
-    Fetches the model if need be, starts gateway and workers as processes, restarts one that dies, and stops all in order.
+    Fetches the model if need be, starts gateway and workers as processes, restarts one that dies, and stops all in order. Workers
+    take the GPUs that there are, and the CPU where there is none.
     """
     from tandem.cli.plan import SuitePlan
+    from tandem.cli.seats import find_seats
     from tandem.cli.up import UpOptions, run_up
 
     chosen = None if dtype is None else dtype.value
-    plan = SuitePlan(model, num_prefill=prefill, num_decode=decode, host=host, port=port, dtype=chosen, threads=threads)
+    plan = SuitePlan(model, find_seats(prefill, decode), host=host, port=port, dtype=chosen, threads=threads)
     run_up(UpOptions(plan, questions=tuple(ask or ()), once=once, verbose=verbose))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,9 @@ _FEATURES = (
     "i8mm",
     "sve",
 )
+_DRIVER_SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 _PROBE = """
-import json, torch
+import importlib.util, json, torch
 def describe(number):
     gpu = torch.cuda.get_device_properties(number)
     return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
@@ -35,6 +37,7 @@ print(json.dumps({
     "cuda_version": torch.version.cuda or "",
     "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     "num_threads": torch.get_num_threads(),
+    "compiler": importlib.util.find_spec("triton") is not None,
     "gpus": [describe(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
 }))
 """
@@ -49,7 +52,14 @@ class TorchReport:
     cpu_capability: str = ""
     num_threads: int = 0
     gpus: tuple[str, ...] = ()
+    compiler: bool = False
+    """Triton is installed, which makes the GPU kernels."""
     error: str = ""
+
+
+def has_gpu_driver(signs: Sequence[Path] = _DRIVER_SIGNS) -> bool:
+    """Whether asking torch for GPUs may be worth its seconds."""
+    return any(sign.exists() for sign in signs)
 
 
 def torch_report() -> TorchReport:

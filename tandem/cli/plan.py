@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tandem.cli.placement import Placement, Seat
 from tandem.supervisor import ChildSpec
 
 LOOPBACK = "127.0.0.1"
@@ -18,8 +19,7 @@ class SuitePlan:
     """What `tandem up` was told to start; None leaves a setting to its TANDEM_ variable and its default."""
 
     model: str
-    num_prefill: int = 1
-    num_decode: int = 1
+    placement: Placement = field(default_factory=lambda: Placement((Seat(),), (Seat(),)))
     host: str = LOOPBACK
     port: int = 50051
     dtype: str | None = None
@@ -42,9 +42,10 @@ class Member:
 
 def plan_members(plan: SuitePlan) -> list[Member]:
     """The gateway first, then the workers, on free ports that they keep when they are started again."""
-    ports = _free_ports(plan.num_prefill + plan.num_decode)
-    prefill = [_worker(plan, "prefill", number, port) for number, port in enumerate(ports[: plan.num_prefill])]
-    decode = [_worker(plan, "decode", number, port) for number, port in enumerate(ports[plan.num_prefill :])]
+    placement = plan.placement
+    ports = iter(_free_ports(len(placement.prefill) + len(placement.decode)))
+    prefill = [_worker(plan, f"prefill-{number}", seat, next(ports)) for number, seat in enumerate(placement.prefill)]
+    decode = [_worker(plan, f"decode-{number}", seat, next(ports)) for number, seat in enumerate(placement.decode)]
     return [_gateway(plan, _targets(prefill), _targets(decode)), *prefill, *decode]
 
 
@@ -66,11 +67,17 @@ def _gateway(plan: SuitePlan, prefill_targets: str, decode_targets: str) -> Memb
     return Member(ChildSpec("gateway", command, stop_order=0), plan.address, "tandem.api.v1.GenerationService")
 
 
-def _worker(plan: SuitePlan, role: str, number: int, port: int) -> Member:
+def _worker(plan: SuitePlan, name: str, seat: Seat, port: int) -> Member:
     """Decode workers stop before prefill workers, since they pull from them."""
-    optional = {"--dtype": plan.dtype, "--threads": None if plan.threads is None else str(plan.threads)}
-    flags = [part for flag, value in optional.items() if value is not None for part in (flag, value)]
+    role = name.partition("-")[0]
+    optional = {
+        "--device": seat.device,
+        "--gpu-memory-fraction": seat.memory_fraction,
+        "--dtype": plan.dtype,
+        "--threads": plan.threads,
+    }
+    flags = [part for flag, value in optional.items() if value is not None for part in (flag, str(value))]
     where = ("--model", plan.model, "--host", LOOPBACK, "--port", str(port))
     command = (sys.executable, "-m", f"{role}_svc", *where, *flags, "--exit-with-parent")
-    spec = ChildSpec(f"{role}-{number}", command, stop_order=1 if role == "decode" else 2)
+    spec = ChildSpec(name, command, stop_order=1 if role == "decode" else 2)
     return Member(spec, f"{LOOPBACK}:{port}", f"tandem.worker.v1.{role.capitalize()}Service")

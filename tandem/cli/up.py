@@ -16,6 +16,7 @@ from rich.text import Text
 from tandem.api.v1 import model_pb2, operations_pb2
 from tandem.cli.client import QUICK_S, Gateway, connect, exit_on_error
 from tandem.cli.generate import ask
+from tandem.cli.placement import Placement
 from tandem.cli.plan import Member, SuitePlan, plan_members
 from tandem.cli.pull import fetch
 from tandem.cli.readiness import wait_serving
@@ -52,6 +53,8 @@ def run_up(options: UpOptions) -> None:
         _check_port(options.plan)
         files = fetch(options.plan.model)
         try:
+            if options.plan.placement.reason:
+                notes().print(Text(_seating(options.plan.placement), style="dim"), soft_wrap=True)
             asyncio.run(_Suite(options, files).serve())
         except ChildFailedError as error:
             raise _for_good(error) from error
@@ -68,6 +71,13 @@ def _check_port(plan: SuitePlan) -> None:
 def _for_good(error: ChildFailedError) -> CommandError:
     said = "\n".join(f"  {line}" for line in error.last_lines[-12:]) or "  (nothing)"
     return CommandError(f"{error}, and is given up. Its last lines:\n{said}", f"All of its log: {error.log_path}")
+
+
+def _seating(placement: Placement) -> str:
+    """Which worker computes on what, and why."""
+    seats = [f"prefill on {', '.join(str(seat.device) for seat in placement.prefill)}"]
+    seats.append(f"decode on {', '.join(str(seat.device) for seat in placement.decode)}")
+    return f"{'; '.join(seats)} ({placement.reason})"
 
 
 class _Suite:

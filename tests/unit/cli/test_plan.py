@@ -2,6 +2,7 @@
 
 import sys
 
+from tandem.cli.placement import Placement, Seat
 from tandem.cli.plan import SuitePlan, plan_members
 
 
@@ -22,16 +23,27 @@ def test_two_workers_and_a_gateway() -> None:
 
 
 def test_targets_are_listed_and_all_ports_differ() -> None:
-    members = plan_members(SuitePlan("random:tiny", num_prefill=3, num_decode=5))
+    members = plan_members(SuitePlan("random:tiny", Placement((Seat(),) * 3, (Seat(),) * 5)))
     assert len({member.address for member in members}) == 9
     assert flags(members[0].spec.command)["--decode-targets"].split(",") == [member.address for member in members[4:]]
     assert [member.spec.name for member in members[1:5]] == ["prefill-0", "prefill-1", "prefill-2", "decode-0"]
 
 
 def test_unset_options_are_left_to_the_environment() -> None:
-    assert not {"--dtype", "--threads"} & flags(plan_members(SuitePlan("m"))[1].spec.command).keys()
+    assert (
+        not {"--dtype", "--threads", "--device", "--gpu-memory-fraction"}
+        & flags(plan_members(SuitePlan("m"))[1].spec.command).keys()
+    )
     told = flags(plan_members(SuitePlan("m", dtype="float32", threads=2))[2].spec.command)
     assert (told["--dtype"], told["--threads"], told["--model"]) == ("float32", "2", "m")
+
+
+def test_each_worker_is_told_its_device_and_its_share() -> None:
+    _, prefill, decode = plan_members(SuitePlan("m", Placement((Seat("cuda:1"),), (Seat("cuda:0", 0.45),))))
+    assert flags(prefill.spec.command)["--device"] == "cuda:1"
+    assert "--gpu-memory-fraction" not in flags(prefill.spec.command)
+    told = flags(decode.spec.command)
+    assert (told["--device"], told["--gpu-memory-fraction"]) == ("cuda:0", "0.45")
 
 
 def test_gateway_stops_first_and_prefill_last() -> None:

@@ -1,0 +1,62 @@
+"""The suite that is measured: one that runs already, or one of our own."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tandem.addresses import free_port
+from tandem.api.v1 import model_pb2, model_pb2_grpc, operations_pb2, operations_pb2_grpc
+from tandem.channels import open_channel
+from tandem.probe import probe
+
+START_LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class SuiteFacts:
+    """What is measured, for people, and the model's vocabulary size."""
+
+    model: str
+    prefill: str
+    decode: str
+    vocabulary_size: int
+
+
+@contextlib.contextmanager
+def suite_at(address: str | None, up_arguments: Sequence[str]) -> Iterator[str]:
+    """The address of a serving gateway; of a suite of our own, stopped at the end, if none was given."""
+    if address:
+        yield address
+        return
+    port = free_port("127.0.0.1")
+    child = subprocess.Popen([sys.executable, "-m", "tandem.cli", "up", "--port", str(port), *up_arguments])
+    try:
+        _wait_until_ready(f"127.0.0.1:{port}", child)
+        yield f"127.0.0.1:{port}"
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+
+
+def _wait_until_ready(address: str, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while probe(address, "gateway.ready") != "SERVING":
+        if child.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit("the suite did not start; its own messages say why")
+        time.sleep(0.2)
+
+
+async def describe(address: str) -> SuiteFacts:
+    """Asks the gateway."""
+    async with open_channel(address) as channel:
+        model = (await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest())).model
+        suite = await operations_pb2_grpc.OperationsServiceStub(channel).GetSuite(operations_pb2.GetSuiteRequest())
+    roles = (operations_pb2.WORKER_ROLE_PREFILL, operations_pb2.WORKER_ROLE_DECODE)
+    prefill, decode = (
+        ", ".join(f"{worker.device} {worker.weight_format}" for worker in suite.workers if worker.role == role) for role in roles
+    )
+    return SuiteFacts(model.name, prefill, decode, model.vocabulary_size)
