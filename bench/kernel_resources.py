@@ -70,8 +70,8 @@ def builds() -> Iterator[Build]:
     yield Build("rotate_and_write", rope._rotate_and_write_kernel, rotation, 4)
     yield Build("copy_blocks", block_copy._copy_blocks_kernel, {"FROM_IDS": True, "TO_IDS": True, "BLOCK": 4096}, 8)
     tables = {"table_ptr": "*i64", "out_ptr": "*i64"}
-    yield Build("checksum, sums", checksum._sum_stretches_kernel, {"LAST_KEYS": 24}, 1, tables)
-    finish = {"SCRAMBLE_KEYS": 32, "MERGE_KEYS": 40, "STARTS": 48, "STAGES": 8}
+    yield Build("checksum, sums", checksum._sum_stretches_kernel, {"LAST_KEYS": 24, "STRETCHES": 8}, 4, tables)
+    finish = {"SCRAMBLE_KEYS": 32, "MERGE_KEYS": 40, "STARTS": 48, "AHEAD": 32}
     yield Build("checksum, end", checksum._finish_kernel, finish, 1, tables)
     yield Build("argmax", argmax._argmax_kernel, {"PARTS": 32, "BLOCK": 4096}, 8, {"out_ptr": "*i32"})
     yield Build("draw", draw._draw_kernel, {"BLOCK": 4096, "ONE": 0x3F800000}, 16, {"out_ptr": "*i32"})

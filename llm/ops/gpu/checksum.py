@@ -24,6 +24,9 @@ _SECRET = bytes.fromhex(
 _PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
 _START = (_PRIME32[2], _PRIME64[0], _PRIME64[1], _PRIME64[2], _PRIME64[3], _PRIME32[1], _PRIME64[4], _PRIME32[0])
+_STRETCHES = 8
+"""Of one program of the first kernel."""
+_AHEAD = 32
 _KEYS, _LAST_KEYS, _SCRAMBLE_KEYS, _MERGE_KEYS, _STARTS = 0, 24, 32, 40, 48
 """Where each group of 64-bit constants begins in the table given to the kernels."""
 
@@ -38,34 +41,59 @@ def _constants(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def _sum_stretches_kernel(data_ptr, ids_ptr, table_ptr, sums_ptr, num_stretches, LAST_KEYS: tl.constexpr):
-    """One stretch of 16 stripes of 8 lanes: lane i gains low * high of (word ^ key), and its neighbour's word."""
-    index, stretch = tl.program_id(0), tl.program_id(1)
+def _sum_stretches_kernel(data_ptr, ids_ptr, table_ptr, sums_ptr, num_stretches, LAST_KEYS: tl.constexpr, STRETCHES: tl.constexpr):
+    """A stretch is 16 stripes of 4 pairs of words: each word's lane gains low * high of (word ^ key), and the pair's other word."""
+    index = tl.program_id(0)
     block = tl.load(ids_ptr + index).to(tl.int64)
-    stripes, lanes = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
-    start = data_ptr + (block * num_stretches + stretch) * 128
-    words = tl.load(start + stripes * 8 + lanes)
-    neighbours = tl.load(start + stripes * 8 + (lanes ^ 1))
-    closes = (stripes == 15) & (stretch == num_stretches - 1)
-    keyed = (words ^ tl.load(table_ptr + tl.where(closes, LAST_KEYS + lanes, stripes + lanes))).to(tl.uint64, bitcast=True)
-    gained = (keyed & 0xFFFFFFFF) * (keyed >> 32) + neighbours.to(tl.uint64, bitcast=True)
-    total = tl.sum(gained.to(tl.int64, bitcast=True), axis=0)
-    tl.store(sums_ptr + (index.to(tl.int64) * num_stretches + stretch) * 8 + tl.arange(0, 8), total)
+    stretches = (tl.program_id(1) * STRETCHES + tl.arange(0, STRETCHES))[:, None, None, None]
+    stripes, lanes = (
+        tl.arange(0, 16)[None, :, None, None],
+        (tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :])[None, None, :, :],
+    )
+    words = tl.load(
+        data_ptr + (block * num_stretches + stretches) * 128 + stripes * 8 + lanes, mask=stretches < num_stretches, other=0
+    )
+    closes = (stripes == 15) & (stretches == num_stretches - 1)
+    keyed = words ^ tl.load(table_ptr + tl.where(closes, LAST_KEYS + lanes, stripes + lanes))
+    left, right = tl.split(words)
+    left_sums = tl.sum(_folded(tl.split(keyed)[0]) + right, axis=1)
+    right_sums = tl.sum(_folded(tl.split(keyed)[1]) + left, axis=1)
+    rows = tl.program_id(1) * STRETCHES + tl.arange(0, STRETCHES)[:, None]
+    out = sums_ptr + (index.to(tl.int64) * num_stretches + rows) * 8 + tl.arange(0, 4)[None, :] * 2
+    tl.store(out, left_sums, mask=rows < num_stretches)
+    tl.store(out + 1, right_sums, mask=rows < num_stretches)
+
+
+@triton.jit
+def _folded(words):
+    """Low half times high half."""
+    bits = words.to(tl.uint64, bitcast=True)
+    return ((bits & 0xFFFFFFFF) * (bits >> 32)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _scrambled(lane, keys, sums):
+    lane += tl.load(sums).to(tl.uint64, bitcast=True)
+    return (lane ^ (lane >> 47) ^ keys) * 0x9E3779B1
 
 
 @triton.jit
 def _finish_kernel(
     sums_ptr, table_ptr, out_ptr, num_stretches, num_bytes,
-    SCRAMBLE_KEYS: tl.constexpr, MERGE_KEYS: tl.constexpr, STARTS: tl.constexpr, STAGES: tl.constexpr,
+    SCRAMBLE_KEYS: tl.constexpr, MERGE_KEYS: tl.constexpr, STARTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """One scramble has to wait for the one before, but not for memory: `AHEAD` sums are loaded at a time."""
     index = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, 8)
     keys = tl.load(table_ptr + SCRAMBLE_KEYS + lanes).to(tl.uint64, bitcast=True)
     lane = tl.load(table_ptr + STARTS + lanes).to(tl.uint64, bitcast=True)
     sums = sums_ptr + index * num_stretches * 8 + lanes
-    for stretch in tl.range(0, num_stretches - 1, num_stages=STAGES):
-        lane += tl.load(sums + stretch * 8).to(tl.uint64, bitcast=True)
-        lane = (lane ^ (lane >> 47) ^ keys) * 0x9E3779B1
+    num_whole = (num_stretches - 1) // AHEAD * AHEAD
+    for first in range(0, num_whole, AHEAD):
+        for offset in tl.static_range(AHEAD):
+            lane = _scrambled(lane, keys, sums + (first + offset) * 8)
+    for stretch in range(num_whole, num_stretches - 1):
+        lane = _scrambled(lane, keys, sums + stretch * 8)
     lane += tl.load(sums + (num_stretches - 1) * 8).to(tl.uint64, bitcast=True)
     lane ^= tl.load(table_ptr + MERGE_KEYS + lanes).to(tl.uint64, bitcast=True)
     even, odd = tl.split(tl.reshape(lane, (4, 2)))
@@ -89,11 +117,11 @@ def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor
     if count:
         table = _constants(pool.device)
         words = pool.view(pool.shape[0], -1).view(torch.int64)
-        _sum_stretches_kernel[(count, num_stretches)](
-            words, block_ids, table, sums, num_stretches, LAST_KEYS=_LAST_KEYS, num_warps=1
+        _sum_stretches_kernel[(count, triton.cdiv(num_stretches, _STRETCHES))](
+            words, block_ids, table, sums, num_stretches, LAST_KEYS=_LAST_KEYS, STRETCHES=_STRETCHES, num_warps=4
         )
         _finish_kernel[(count,)](
             sums, table, out, num_stretches, num_bytes,
-            SCRAMBLE_KEYS=_SCRAMBLE_KEYS, MERGE_KEYS=_MERGE_KEYS, STARTS=_STARTS, STAGES=8, num_warps=1,
+            SCRAMBLE_KEYS=_SCRAMBLE_KEYS, MERGE_KEYS=_MERGE_KEYS, STARTS=_STARTS, AHEAD=_AHEAD, num_warps=1,
         )  # fmt: skip
     return out
