@@ -23,13 +23,19 @@ class Stage(Enum):
 class SequenceState:
     """A sequence in the batcher: owned by the batcher, its tokens appended by the engine.
 
+    A step may be scheduled while the one before it is in flight: the tokens that that one draws then count, though nobody knows
+    them yet. `num_scheduled_tokens`: those whose KV is in the pool once all steps in flight are complete.
     `block_ids` is an array of C ints since every step turns it into one: from a list that takes as long as the rest of the step.
     """
 
     token_ids: list[int]
     max_total_tokens: int
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
-    num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_drawing: int = 0
+    """Tokens that steps in flight draw."""
+    num_flights: int = 0
+    """Steps in flight that use the blocks."""
     num_preemptions: int = 0
     stage: Stage = Stage.PULLING
     deadline: float = math.inf
@@ -37,7 +43,8 @@ class SequenceState:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Those that are being drawn included."""
+        return len(self.token_ids) + self.num_drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +52,18 @@ class Run:
     """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step.
 
     The sequence's blocks stay as they are until the step is complete. `draws` says that the run reaches the newest token, so that
-    the next can be drawn.
+    the next can be drawn. That newest token may be one that the step before is drawing.
     """
 
     sequence: SequenceState
     start: int
     num_tokens: int
     draws: bool
+
+    @property
+    def follows(self) -> bool:
+        """Its token, there is but one then, is being drawn by the step before."""
+        return self.start >= len(self.sequence.token_ids)
 
 
 @dataclass(frozen=True)
@@ -71,15 +83,18 @@ class DecodeBatcher:
 
     When blocks run out, the youngest active sequence gives all of its blocks up and is computed again later. New reservations leave
     untouched what preempted sequences need to return, so that these come first. A sequence closed in the middle of a step keeps its
-    blocks until `complete`. No step touches a sequence's blocks one by one: with long sequences that would take longer than the
-    model. Not thread-safe: the engine's lock guards it.
+    blocks until `complete`. Nobody gives way while a step is in flight, since blocks that it writes to cannot be had.
+
+    No step touches a sequence's blocks one by one: with long sequences that would take longer than the model. Not thread-safe: the
+    engine's lock guards it.
     """
 
     def __init__(self, allocator: BlockAllocator, limits: BatcherLimits) -> None:
         self._allocator = allocator
         self._limits = limits
         self._sequences: dict[SequenceState, None] = {}  # in order of arrival
-        self._in_flight: set[SequenceState] = set()
+        self._num_flights = 0
+        self._starved = False  # somebody goes without a block until no step is in flight
 
     def reserve(self, sequence: SequenceState) -> None:
         """Gives a new sequence blocks for its tokens and one more.
@@ -99,10 +114,10 @@ class DecodeBatcher:
         sequence.block_ids = array("i", self._allocator.allocate(needed))
         self._sequences[sequence] = None
 
-    def activate(self, sequence: SequenceState, num_computed_tokens: int) -> None:
-        """The sequence's KV has arrived for its first `num_computed_tokens` tokens."""
+    def activate(self, sequence: SequenceState, num_pulled_tokens: int) -> None:
+        """The sequence's KV has arrived for its first `num_pulled_tokens` tokens."""
         assert sequence.stage is Stage.PULLING, sequence.stage
-        sequence.num_computed_tokens = num_computed_tokens
+        sequence.num_scheduled_tokens = num_pulled_tokens
         sequence.stage = Stage.ACTIVE
 
     def expired(self, now: float) -> list[SequenceState]:
@@ -110,26 +125,33 @@ class DecodeBatcher:
         return [sequence for sequence in self._sequences if sequence.deadline <= now and sequence.stage is not Stage.PULLING]
 
     def schedule(self) -> list[Run]:
-        """The next step's runs; `complete` must follow."""
+        """The next step's runs; `complete` must follow for each step, in order.
+
+        With a step in flight there may be none, and yet something to do once that is complete.
+        """
+        if self._starved and self._num_flights:
+            return []
+        self._starved = False
         self._readmit()
         runs, budget = [], self._limits.recompute_budget
-        for sequence in self._in_stage(Stage.ACTIVE)[: self._limits.max_batch]:
+        for sequence in self._unfinished()[: self._limits.max_batch]:
             if sequence.stage is not Stage.ACTIVE:
                 continue  # gave way to an older one of this very step
             if self._make_room(sequence):
-                runs.append(self._run_of(sequence, budget))
+                runs.append(self._launch(sequence, budget))
                 budget -= runs[-1].num_tokens - 1
-        self._in_flight = {run.sequence for run in runs}
+        self._num_flights += bool(runs)
         return runs
 
     def complete(self, runs: Sequence[Run]) -> None:
-        """Takes note that the runs' KV is in the pool; tokens drawn are appended by the caller, after this."""
-        self._in_flight.clear()
+        """Takes note that a step is complete; the tokens it drew are appended by the caller, after this."""
+        self._num_flights -= bool(runs)
         for run in runs:
-            if run.sequence.stage is Stage.CLOSED:
-                self._release(run.sequence)
-            else:
-                run.sequence.num_computed_tokens = run.start + run.num_tokens
+            sequence = run.sequence
+            sequence.num_flights -= 1
+            sequence.num_drawing -= run.draws
+            if sequence.stage is Stage.CLOSED and not sequence.num_flights:
+                self._release(sequence)
 
     def close(self, sequence: SequenceState) -> None:
         """Ends a sequence at whatever stage it is and gives back its blocks. Idempotent."""
@@ -137,13 +159,21 @@ class DecodeBatcher:
             return
         del self._sequences[sequence]
         sequence.stage = Stage.CLOSED
-        if sequence not in self._in_flight:
+        if not sequence.num_flights:
             self._release(sequence)
 
-    def _run_of(self, sequence: SequenceState, budget: int) -> Run:
-        missing = sequence.num_tokens - sequence.num_computed_tokens
+    def _unfinished(self) -> list[SequenceState]:
+        """Active sequences but those whose last token is being drawn."""
+        return [s for s in self._in_stage(Stage.ACTIVE) if not (s.num_drawing and s.num_tokens >= s.max_total_tokens)]
+
+    def _launch(self, sequence: SequenceState, budget: int) -> Run:
+        missing = sequence.num_tokens - sequence.num_scheduled_tokens
         num_tokens = min(missing, budget + 1)
-        return Run(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == missing)
+        run = Run(sequence, sequence.num_scheduled_tokens, num_tokens, num_tokens == missing)
+        sequence.num_scheduled_tokens += num_tokens
+        sequence.num_drawing += run.draws
+        sequence.num_flights += 1
+        return run
 
     def _release(self, sequence: SequenceState) -> None:
         self._allocator.free(sequence.block_ids)
@@ -155,6 +185,9 @@ class DecodeBatcher:
             try:
                 sequence.block_ids.extend(self._allocator.allocate(1))
             except OutOfBlocksError:
+                if self._num_flights:
+                    self._starved = True
+                    return False
                 victim = self._in_stage(Stage.ACTIVE)[-1]
                 self._preempt(victim)
                 if victim is sequence:
@@ -163,7 +196,7 @@ class DecodeBatcher:
 
     def _preempt(self, sequence: SequenceState) -> None:
         self._release(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_scheduled_tokens = 0
         sequence.num_preemptions += 1
         sequence.stage = Stage.PREEMPTED
 

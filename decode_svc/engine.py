@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,10 +10,12 @@ from enum import Enum
 from decode_svc.batcher import DecodeBatcher, Run, SequenceState, Stage
 from llm.kv.allocator import BlockAllocator
 from llm.runner import ModelRunner, SequenceSlice
-from llm.sampling import SampledToken, SampleRow, sample
+from llm.sampling import SampledToken, SampleRow
 from llm.sampling_params import SamplingParams
+from llm.steps import StepResult, steps_of
 from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
 from tandem.errors import Reason, TandemError
+from tandem.pacer import Pacer
 
 
 class EndReason(Enum):
@@ -83,14 +86,28 @@ class DecodeJob:
     def num_completion_tokens(self) -> int:
         return len(self.sequence.token_ids) - self.num_prompt_tokens
 
-    def sample_row(self) -> SampleRow:
-        forbidden = self.stop_rule.end_token_ids if self.num_completion_tokens < self.stop_rule.min_tokens else ()
+    def sample_row(self, num_tokens: int) -> SampleRow:
+        """How the token after the first `num_tokens` is drawn."""
+        forbidden = self.stop_rule.end_token_ids if num_tokens - self.num_prompt_tokens < self.stop_rule.min_tokens else ()
         return SampleRow(self.sampling, self.sequence.token_ids, self.num_prompt_tokens, tuple(forbidden), self.num_logprobs)
 
     def append(self, token_id: int) -> EndReason | None:
         """Adds a token to the completion and says whether that ends it."""
         self.sequence.token_ids.append(token_id)
         return self.stop_rule.ends_at(token_id, self.num_completion_tokens)
+
+
+Work = Sequence[tuple[Run, DecodeJob]]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched step. `row_of`: which of its rows draws a sequence's next token."""
+
+    work: Work
+    result: StepResult
+    row_of: dict[SequenceState, int]
+    started: float
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,8 @@ class EngineLoad:
 class DecodeEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
 
+    Where the device draws tokens by itself a step is launched before the tokens of the one before it are known. An end that is
+    found so late costs a superfluous step of that sequence, whose token is thrown away.
     `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive in the job's mailbox.
     """
@@ -123,7 +142,9 @@ class DecodeEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
-        self._runner = runner
+        self._steps = steps_of(runner)
+        self._flights: deque[_Flight] = deque()
+        self._pacer = Pacer()
         self._allocator = allocator
         self._batcher = batcher
         self._courier = courier
@@ -182,14 +203,19 @@ class DecodeEngine:
         return self._thread
 
     def step(self) -> bool:
-        """One step of the engine thread; False if there was nothing to compute."""
+        """Launches a step and takes in those before it; False if there was nothing to do."""
+        self._pacer.pause()
+        began = self._pacer.now()
         work = self._schedule()
-        if not work:
+        if not work and not self._flights:
             return False
-        started = self._speed.start()
-        tokens = self._run(work)
-        self._publish(work, tokens)
-        self._speed.add(len(tokens), started)
+        rows = [job.sample_row(run.start + run.num_tokens) for run, job in work if run.draws]
+        ahead = bool(work) and self._steps.overlap(rows)
+        if not ahead:
+            self._land(keep=0)
+        if work:
+            self._launch(work, rows, began)
+        self._land(keep=int(ahead))
         self._on_change()
         return True
 
@@ -204,7 +230,7 @@ class DecodeEngine:
             self._batcher.close(job.sequence)
         self._courier.send([(job.mailbox, _LATE) for job in late])
 
-    def _schedule(self) -> list[tuple[Run, DecodeJob]]:
+    def _schedule(self) -> Work:
         with self._lock:
             self._expire()
             work = [(run, self._jobs[run.sequence]) for run in self._batcher.schedule()]
@@ -213,13 +239,26 @@ class DecodeEngine:
             job.started_ns = job.started_ns or now
         return work
 
-    def _run(self, work: Sequence[tuple[Run, DecodeJob]]) -> list[SampledToken]:
-        """Computes the runs and draws a token for each that reaches the newest one, in order."""
-        logits = self._runner.forward([_slice_of(run) for run, _ in work])
-        rows = [job.sample_row() for run, job in work if run.draws]
-        return sample(logits, rows) if rows else []
+    def _launch(self, work: Work, rows: Sequence[SampleRow], began: float) -> None:
+        """Begins a step that draws a token for each run that reaches the newest one, in order."""
+        started = self._speed.start()
+        row_of = self._flights[-1].row_of if self._flights else {}
+        sources = [row_of.get(run.sequence, -1) if run.follows else -1 for run, _ in work]  # none follows a cancelled sequence
+        result = self._steps.launch([_slice_of(run) for run, _ in work], sources, rows)
+        drawing = (run.sequence for run, _ in work if run.draws)
+        self._flights.append(_Flight(work, result, {sequence: row for row, sequence in enumerate(drawing)}, started))
+        self._pacer.launched(began, 1)
 
-    def _publish(self, work: Sequence[tuple[Run, DecodeJob]], tokens: Sequence[SampledToken]) -> None:
+    def _land(self, keep: int) -> None:
+        """Takes in the steps in flight but for the last `keep`."""
+        while len(self._flights) > keep:
+            flight = self._flights.popleft()
+            tokens = flight.result.wait()
+            self._pacer.landed()
+            self._publish(flight.work, tokens)
+            self._speed.add(len(tokens), flight.started)
+
+    def _publish(self, work: Work, tokens: Sequence[SampledToken]) -> None:
         """Appends the tokens and sends them off; the oldest work of a step comes first."""
         drawing = [job for run, job in work if run.draws]
         deliveries: list[tuple[Mailbox[DecodeEvent], DecodeEvent]] = []
@@ -253,5 +292,5 @@ class DecodeEngine:
 
 def _slice_of(run: Run) -> SequenceSlice:
     sequence = run.sequence
-    tokens = sequence.token_ids[run.start : run.start + run.num_tokens]
+    tokens = [0] if run.follows else sequence.token_ids[run.start : run.start + run.num_tokens]
     return SequenceSlice(tokens, run.start, sequence.block_ids, "last" if run.draws else "none")

@@ -47,6 +47,11 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def draws_on_device(row: SampleRow) -> bool:
+    """Whether a GPU can draw the row by itself; penalties, forbidden tokens and log-probabilities are the host's affair."""
+    return row.num_logprobs is None and not row.forbidden_token_ids and not row.params.has_penalties
+
+
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """logits [rows, vocab] float32, left as they are -> one token a row."""
     assert logits.shape[0] == len(rows), "one row of logits for each sequence"

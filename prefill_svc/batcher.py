@@ -19,6 +19,8 @@ class PromptState:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_flights: int = 0
+    """Steps in flight that compute some of it."""
     closed: bool = False
     deadline: float = math.inf
     """On the engine's clock."""
@@ -57,7 +59,8 @@ class PrefillBatcher:
     """First come, first served: prompts get their blocks in order of arrival, and each step takes tokens in that order.
 
     A prompt keeps its blocks from admission until `close`; if it is closed in the middle of a step that computes some of it, until
-    `complete`, so that they are not reused under the running computation. Not thread-safe: the engine's lock guards it.
+    `complete`, so that they are not reused under the running computation. A step may be scheduled while others are in flight. Not
+    thread-safe: the engine's lock guards it.
     """
 
     def __init__(self, allocator: BlockAllocator, limits: BatcherLimits) -> None:
@@ -65,7 +68,6 @@ class PrefillBatcher:
         self._limits = limits
         self._waiting: deque[PromptState] = deque()
         self._running: list[PromptState] = []
-        self._in_flight: set[PromptState] = set()
         self.num_admitted = 0
         """Prompts that have been given their blocks so far."""
 
@@ -100,11 +102,11 @@ class PrefillBatcher:
         return [prompt for prompt in (*self._waiting, *self._running) if prompt.deadline <= now]
 
     def schedule(self) -> list[Chunk]:
-        """The next step: packed chunks of the oldest prompts, `token_budget` tokens at most. `complete` must follow."""
+        """The next step: packed chunks of the oldest prompts, `token_budget` tokens at most. `complete` must follow, in order."""
         chunks = list(self._pack())
         for chunk in chunks:
             chunk.prompt.num_scheduled_tokens += chunk.num_tokens
-        self._in_flight = {chunk.prompt for chunk in chunks}
+            chunk.prompt.num_flights += 1
         return chunks
 
     def _pack(self) -> Iterator[Chunk]:
@@ -119,12 +121,13 @@ class PrefillBatcher:
 
     def complete(self, chunks: Sequence[Chunk]) -> None:
         """Takes note that the chunks' KV is in the pool: full blocks become findable, finished prompts leave the batch."""
-        self._in_flight.clear()
         for chunk in chunks:
             prompt = chunk.prompt
             prompt.num_computed_tokens = chunk.start + chunk.num_tokens
+            prompt.num_flights -= 1
             if prompt.closed:
-                self._allocator.free(prompt.block_ids)
+                if not prompt.num_flights:
+                    self._allocator.free(prompt.block_ids)
                 continue
             self._allocator.commit(prompt.token_ids, prompt.block_ids, prompt.num_computed_tokens)
             if prompt.complete:
@@ -140,7 +143,7 @@ class PrefillBatcher:
             return
         if not prompt.complete:
             self._running.remove(prompt)
-        if prompt not in self._in_flight:
+        if not prompt.num_flights:
             self._allocator.free(prompt.block_ids)
 
     @property

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,9 +13,11 @@ from llm.kv.allocator import BlockAllocator
 from llm.runner import ModelRunner, SequenceSlice
 from llm.sampling import SampledToken, SampleRow, sample, token_logprobs
 from llm.sampling_params import SamplingParams
+from llm.steps import Complete, StepResult, steps_of
 from prefill_svc.batcher import Chunk, PrefillBatcher, PromptState
 from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
 from tandem.errors import Reason, TandemError
+from tandem.pacer import Pacer
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ class PrefillJob:
         return SampleRow(self.sampling, self.prompt.token_ids, self.num_prompt_tokens, self.forbidden_token_ids, self.num_logprobs)
 
 
+Work = Sequence[tuple[Chunk, PrefillJob]]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched step."""
+
+    work: Work
+    result: StepResult
+    num_tokens: int
+    started: float
+
+
 @dataclass(frozen=True)
 class EngineLoad:
     """How busy the engine is at one moment."""
@@ -87,6 +103,9 @@ class EngineLoad:
 
 class PrefillEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
+
+    Where the device draws tokens by itself a step is launched before the one before it is complete. What is said of a step's KV is
+    said once it is complete.
 
     `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `submit`, `close`, `share` and `free` may be called from any thread and return at once; events arrive in the job's mailbox.
@@ -105,6 +124,9 @@ class PrefillEngine:
     ) -> None:
         self.clock = clock
         self._runner = runner
+        self._steps = steps_of(runner)
+        self._flights: deque[_Flight] = deque()
+        self._pacer = Pacer()
         self._allocator = allocator
         self._batcher = batcher
         self._courier = courier
@@ -169,14 +191,19 @@ class PrefillEngine:
         return self._thread
 
     def step(self) -> bool:
-        """One step of the engine thread; False if there was nothing to compute."""
+        """Launches a step and takes in those before it; False if there was nothing to do."""
+        self._pacer.pause()
+        began = self._pacer.now()
         work = self._schedule()
-        if not work:
+        if not work and not self._flights:
             return False
-        started = self._speed.start()
-        tokens = self._run(work)
-        self._publish(work, tokens)
-        self._speed.add(sum(chunk.num_tokens for chunk, _ in work), started)
+        rows = [job.sample_row() for chunk, job in work if chunk.last]
+        ahead = bool(work) and not _wants_prompt_logprobs(work) and self._steps.overlap(rows)
+        if not ahead:
+            self._land(keep=0)
+        if work:
+            self._launch(work, rows, began)
+        self._land(keep=int(ahead))
         self._on_change()
         return True
 
@@ -197,7 +224,7 @@ class PrefillEngine:
             self._batcher.close(job.prompt)
         self._courier.send([(job.mailbox, _LATE) for job in late])
 
-    def _schedule(self) -> list[tuple[Chunk, PrefillJob]]:
+    def _schedule(self) -> Work:
         with self._lock:
             self._admit()
             work = [(chunk, self._jobs[chunk.prompt]) for chunk in self._batcher.schedule()]
@@ -206,10 +233,30 @@ class PrefillEngine:
             job.started_ns = job.started_ns or now
         return work
 
-    def _run(self, work: Sequence[tuple[Chunk, PrefillJob]]) -> dict[PrefillJob, SampledToken]:
-        """Computes the chunks and draws the first token of each prompt whose last chunk this was."""
-        logits = self._runner.forward([_slice_of(chunk, job) for chunk, job in work])
-        rows, jobs, next_row = [], [], 0
+    def _launch(self, work: Work, rows: Sequence[SampleRow], began: float) -> None:
+        """Begins a step that draws the first token of each prompt whose last chunk is in it, in order."""
+        started, num_tokens = self._speed.start(), sum(chunk.num_tokens for chunk, _ in work)
+        slices = [_slice_of(chunk, job) for chunk, job in work]
+        if _wants_prompt_logprobs(work):
+            result: StepResult = Complete(self._run(work, slices, rows))
+        else:
+            result = self._steps.launch(slices, [-1] * len(slices), rows)
+        self._flights.append(_Flight(work, result, num_tokens, started))
+        self._pacer.launched(began, num_tokens)
+
+    def _land(self, keep: int) -> None:
+        """Takes in the steps in flight but for the last `keep`."""
+        while len(self._flights) > keep:
+            flight = self._flights.popleft()
+            tokens = flight.result.wait()
+            self._pacer.landed()
+            self._publish(flight.work, tokens)
+            self._speed.add(flight.num_tokens, flight.started)
+
+    def _run(self, work: Work, slices: Sequence[SequenceSlice], sample_rows: Sequence[SampleRow]) -> list[SampledToken]:
+        """As a launched step, and notes the prompts' log-probabilities."""
+        logits = self._runner.forward(slices)
+        rows, next_row = [], 0
         for chunk, job in work:
             num_rows = chunk.num_tokens if job.num_prompt_logprobs is not None else int(chunk.last)
             if job.num_prompt_logprobs is not None:
@@ -217,18 +264,15 @@ class PrefillEngine:
             next_row += num_rows
             if chunk.last:
                 rows.append(next_row - 1)
-                jobs.append(job)
-        if not jobs:
-            return {}
-        return dict(zip(jobs, sample(logits[rows], [job.sample_row() for job in jobs]), strict=True))
+        return sample(logits[rows], sample_rows) if rows else []
 
-    def _publish(self, work: Sequence[tuple[Chunk, PrefillJob]], tokens: dict[PrefillJob, SampledToken]) -> None:
-        now = time.monotonic_ns()
+    def _publish(self, work: Work, tokens: Sequence[SampledToken]) -> None:
+        now, drawn = time.monotonic_ns(), iter(tokens)
         events: list[tuple[Mailbox[PrefillEvent], PrefillEvent]] = []
         for chunk, job in work:
             events.append((job.mailbox, Progress(chunk.start + chunk.num_tokens)))
-            if job in tokens:
-                events.append((job.mailbox, Finished(tokens[job], job.prompt_logprobs, job.started_ns, now)))
+            if chunk.last:
+                events.append((job.mailbox, Finished(next(drawn), job.prompt_logprobs, job.started_ns, now)))
         with self._lock:
             self._batcher.complete([chunk for chunk, _ in work])
             self._courier.send(events)
@@ -246,6 +290,10 @@ def _slice_of(chunk: Chunk, job: PrefillJob) -> SequenceSlice:
     prompt = chunk.prompt
     wanted: Literal["none", "last", "all"] = "all" if job.num_prompt_logprobs is not None else "last" if chunk.last else "none"
     return SequenceSlice(prompt.token_ids[chunk.start : chunk.start + chunk.num_tokens], chunk.start, prompt.block_ids, wanted)
+
+
+def _wants_prompt_logprobs(work: Work) -> bool:
+    return any(job.num_prompt_logprobs is not None for _, job in work)
 
 
 def _prompt_logprobs(logits: Tensor, chunk: Chunk, count: int) -> list[SampledToken]:

@@ -11,7 +11,7 @@ from llm.config import ModelConfig, load_model_config
 from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes, is_decode
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
 from llm.gpu.few_rows import FewRowsModel
-from llm.gpu.step import DecodeStep, draw_rows, fetch
+from llm.gpu.step import DrawnStep, draw_rows, fetch
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
 from llm.ops.gpu.operations import SKINNY_ROWS, GpuOperations
@@ -93,7 +93,7 @@ class GpuModelRunner(ModelRunner):
         return self._run(slices, None)[0]
 
     @torch.inference_mode()
-    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DecodeStep:
+    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep:
         """Launches a decode step of one token a slice and returns at once; `rows` say how the next tokens are drawn.
 
         Where sources[i] is not -1, slice i's token is the one that row sources[i] of the step before drew, whatever the slice

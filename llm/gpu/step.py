@@ -1,4 +1,4 @@
-"""A decode step in flight: its tokens are drawn on the device, and the host may launch the next step before it reads them."""
+"""A step in flight: its tokens are drawn on the device, and the host may launch the next step before it reads them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from llm.ops.gpu.draw import DrawParameters, draw
-from llm.sampling import SampleRow, uniform
+from llm.sampling import SampleRow, draws_on_device, uniform
 
 
 @dataclass(frozen=True)
-class DecodeStep:
+class DrawnStep:
     """Tokens on their way to the host."""
 
     host: torch.Tensor
@@ -23,12 +23,8 @@ class DecodeStep:
         """Waits for this step only."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return [int(token) for token in self.host.tolist()]
-
-
-def draws_on_device(row: SampleRow) -> bool:
-    """Penalties, forbidden tokens and log-probabilities are the host's affair (llm.sampling)."""
-    return not row.params.has_penalties and not row.forbidden_token_ids and row.num_logprobs is None
+        tokens: list[int] = self.host.tolist()
+        return tokens
 
 
 def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequence[int], drawn: torch.Tensor) -> None:
@@ -38,15 +34,15 @@ def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequen
         draw(logits, _parameters(rows, positions, logits.device), drawn)
 
 
-def fetch(drawn: torch.Tensor) -> DecodeStep:
+def fetch(drawn: torch.Tensor) -> DrawnStep:
     """Begins the copy to the host; later launches on the stream may overwrite `drawn`."""
     if not drawn.is_cuda:
-        return DecodeStep(drawn.clone(), None)
+        return DrawnStep(drawn.clone(), None)
     host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
     host.copy_(drawn, non_blocking=True)
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
-    return DecodeStep(host, arrived)
+    return DrawnStep(host, arrived)
 
 
 def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:

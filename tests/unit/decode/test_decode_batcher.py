@@ -84,10 +84,10 @@ def test_the_youngest_gives_way_and_is_computed_again_in_chunks() -> None:
     assert (young.stage, young.num_preemptions) == (Stage.PREEMPTED, 1)
     batcher.close(old)
     assert step(batcher) == []  # 3 of the 8 tokens
-    assert young.num_computed_tokens == 3
+    assert young.num_scheduled_tokens == 3
     while not step(batcher):
         pass
-    assert young.num_computed_tokens == 8
+    assert young.num_scheduled_tokens == 8
 
 
 def test_new_reservations_leave_room_for_the_preempted() -> None:
@@ -123,14 +123,65 @@ def test_a_step_costs_nothing_per_block(monkeypatch: pytest.MonkeyPatch) -> None
     assert touched == []
 
 
+def test_a_step_follows_one_whose_tokens_nobody_knows_yet() -> None:
+    batcher, _ = make()
+    sequence = join(batcher, 3)
+    first, second = batcher.schedule(), batcher.schedule()
+    assert [(run.start, run.num_tokens, run.draws) for run in (*first, *second)] == [(3, 1, True), (4, 1, True)]
+    assert len(sequence.block_ids) == 2, "room for a token that is being drawn"
+    batcher.complete(first)
+    sequence.token_ids.append(3)
+    (third,) = batcher.schedule()
+    assert (third.start, sequence.num_tokens) == (5, 7)
+
+
+def test_nothing_is_scheduled_beyond_the_last_token() -> None:
+    batcher, _ = make()
+    sequence = join(batcher, 3, max_total=6)
+    first, second = batcher.schedule(), batcher.schedule()
+    assert first and second and not batcher.schedule(), "its sixth token is being drawn"
+    batcher.close(sequence)
+
+
+def test_a_sequence_that_ends_late_keeps_its_blocks_until_its_superfluous_step_ends() -> None:
+    batcher, allocator = make()
+    sequence = join(batcher, 6)
+    first, second = batcher.schedule(), batcher.schedule()
+    batcher.complete(first)
+    batcher.close(sequence)
+    assert allocator.num_free == allocator.num_blocks - 2
+    batcher.complete(second)
+    assert allocator.num_free == allocator.num_blocks
+
+
+def test_nobody_gives_way_while_a_step_writes_to_the_blocks() -> None:
+    batcher, _ = make(num_blocks=4)
+    old, young = join(batcher, 7, max_total=16), join(batcher, 6, max_total=16)
+    first = batcher.schedule()
+    second = batcher.schedule()
+    assert [run.sequence for run in second] == [young], "the older needs a block and goes without"
+    assert young.stage is Stage.ACTIVE
+    batcher.complete(first)
+    old.token_ids.append(3)
+    young.token_ids.append(3)
+    assert batcher.schedule() == [], "nothing more until it can have one"
+    batcher.complete(second)
+    young.token_ids.append(3)
+    assert [run.sequence for run in batcher.schedule()] == [old]
+    assert young.stage is Stage.PREEMPTED
+
+
 class DecodeBatcherMachine(RuleBasedStateMachine):
-    """Any order of arrivals, steps and cancels conserves blocks, never starves and never loses a token."""
+    """Any order of arrivals, steps and cancels conserves blocks, never starves and never loses a token.
+
+    Up to two steps are in flight, and a block that one of them uses belongs to nobody else.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.batcher, self.allocator = make(num_blocks=8, max_batch=3, max_sequences=6, recompute_budget=5)
         self.sequences: list[SequenceState] = []
-        self.flight: list[Run] = []
+        self.flights: list[tuple[list[Run], list[int]]] = []
 
     @rule(num_tokens=st.integers(1, 12), more=st.integers(1, 24))
     def arrive(self, num_tokens: int, more: int) -> None:
@@ -148,26 +199,30 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         self.batcher.activate(sequence, sequence.num_tokens)
         sequence.token_ids.append(2)
 
-    @precondition(lambda self: not self.flight)
+    @precondition(lambda self: len(self.flights) < 2)
     @rule()
     def begin_step(self) -> None:
-        self.flight = self.batcher.schedule()
-        assert len(self.flight) <= 3
-        for run in self.flight:
+        runs = self.batcher.schedule()
+        assert len(runs) <= 3
+        for run in runs:
             assert len(run.sequence.block_ids) * BLOCK_TOKENS >= run.start + run.num_tokens
+            assert run.sequence.num_tokens <= run.sequence.max_total_tokens + 1
         active = [s for s in self.sequences if s.stage is Stage.ACTIVE]
-        assert bool(self.flight) == bool(active), "an active sequence, and nothing to do"
+        assert self.flights or bool(runs) == bool(active), "an active sequence, and nothing to do"
+        if runs:
+            self.flights.append((runs, [block for run in runs for block in run.sequence.block_ids]))
 
+    @precondition(lambda self: self.flights)
     @rule()
     def end_step(self) -> None:
-        self.batcher.complete(self.flight)
-        for run in self.flight:
+        runs, _ = self.flights.pop(0)
+        self.batcher.complete(runs)
+        for run in runs:
             sequence = run.sequence
             if run.draws and sequence.stage is Stage.ACTIVE:
                 sequence.token_ids.append(3)
-                if sequence.num_tokens >= sequence.max_total_tokens:
+                if len(sequence.token_ids) >= sequence.max_total_tokens:
                     self.close(sequence)
-        self.flight = []
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -182,10 +237,16 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         self.allocator.check_integrity()
+        for _, blocks in self.flights:
+            assert all(self.allocator._references[block] == 1 for block in blocks), "a step in flight uses a free block"
+        owned = [block for sequence in self.sequences for block in sequence.block_ids]
+        owned += {block for _, blocks in self.flights for block in blocks} - set(owned)
+        assert len(owned) == len(set(owned)) <= 8 - self.allocator.num_free
 
     def teardown(self) -> None:
         """Everybody's KV arrives, nobody else comes: everyone must finish, in a bounded number of steps."""
-        self.end_step()
+        while self.flights:
+            self.end_step()
         while any(s.stage is Stage.PULLING for s in self.sequences):
             self.pulled()
         for sequence in list(self.sequences):
@@ -194,7 +255,9 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         steps = 0
         while self.sequences:
             self.begin_step()
-            self.end_step()
+            self.begin_step()
+            while self.flights:
+                self.end_step()
             steps += 1
             assert steps < 1000, "no progress"
         assert self.allocator.num_free == self.allocator.num_blocks

@@ -104,13 +104,16 @@ def test_a_chunk_costs_nothing_per_block_of_its_prompt(monkeypatch: pytest.Monke
 
 
 class PrefillBatcherMachine(RuleBasedStateMachine):
-    """Any order of arrivals, steps, cancels and releases of shared blocks conserves blocks and loses no prompt."""
+    """Any order of arrivals, steps, cancels and releases of shared blocks conserves blocks and loses no prompt.
+
+    Up to two steps are in flight, and no block that they use is free.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.batcher, self.allocator = make(num_blocks=12, token_budget=6, max_prompts=5)
         self.prompts: list[PromptState] = []
-        self.flight: list[Chunk] = []
+        self.flights: list[tuple[list[Chunk], list[int]]] = []
         self.tickets: list[list[int]] = []
 
     @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40))
@@ -128,18 +131,22 @@ class PrefillBatcherMachine(RuleBasedStateMachine):
             self.allocator.share(prompt.block_ids)
             self.tickets.append(prompt.block_ids)
 
-    @precondition(lambda self: not self.flight)
+    @precondition(lambda self: len(self.flights) < 2)
     @rule()
     def begin_step(self) -> None:
-        self.flight = self.batcher.schedule()
-        assert sum(chunk.num_tokens for chunk in self.flight) <= 6
-        for chunk in self.flight:
-            assert chunk.start == chunk.prompt.num_computed_tokens
+        chunks = self.batcher.schedule()
+        assert sum(chunk.num_tokens for chunk in chunks) <= 6
+        for chunk in chunks:
+            before = sum(c.num_tokens for flight, _ in self.flights for c in flight if c.prompt is chunk.prompt)
+            assert chunk.start == chunk.prompt.num_computed_tokens + before
+        if chunks:
+            self.flights.append((chunks, [block for chunk in chunks for block in chunk.prompt.block_ids]))
 
+    @precondition(lambda self: self.flights)
     @rule()
     def end_step(self) -> None:
-        self.batcher.complete(self.flight)
-        self.flight = []
+        chunks, _ = self.flights.pop(0)
+        self.batcher.complete(chunks)
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data())
@@ -157,9 +164,12 @@ class PrefillBatcherMachine(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         self.allocator.check_integrity()
+        for _, blocks in self.flights:
+            assert all(self.allocator._references[block] for block in blocks), "a step in flight uses a free block"
 
     def teardown(self) -> None:
-        self.end_step()
+        while self.flights:
+            self.end_step()
         for prompt in self.prompts:
             self.batcher.close(prompt)
         for blocks in self.tickets:
