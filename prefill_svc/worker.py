@@ -51,7 +51,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
             device=device,
             dtype=weights.dtype,
             threads=weights.threads or None,
-            gpu=gpu_settings(device),
+            gpu=gpu_settings(device, settings.max_prompts),
         )
         files = resolve_model(settings.model)
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from llm.batch import SequenceSlice, build_batch
@@ -36,8 +37,9 @@ class GpuModelRunner(ModelRunner):
         self._gpu = gpu
         self._model = Model(config, tensors, operations)
         self._few_rows = FewRowsModel(config, tensors, operations)
-        self._argmax = Argmax(max(gpu.max_batch, 1), config.vocab_size, self.device)
-        self._drawn = torch.zeros(max(gpu.max_batch, 1), dtype=torch.int32, device=self.device)
+        max_rows = max(gpu.max_batch, gpu.max_rows)
+        self._argmax = Argmax(max_rows, config.vocab_size, self.device)
+        self._drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
         self._graphs: DecodeGraphs | None = None
         self._pool: torch.Tensor | None = None
 
@@ -94,18 +96,18 @@ class GpuModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep:
-        """Launches a decode step of one token a slice and returns at once; `rows` say how the next tokens are drawn.
+        """Launches a step and returns at once; `rows` say how the next tokens of the slices that ask for logits are drawn.
 
-        Where sources[i] is not -1, slice i's token is the one that row sources[i] of the step before drew, whatever the slice
+        Where sources[i] is not -1, slice i's one token is that which row sources[i] of the step before drew, whatever the slice
         says; so a step may be launched before the one before it has ended. Penalties, forbidden tokens and log-probabilities
         need `forward` and llm.sampling.
         """
-        assert len(slices) <= self._drawn.shape[0], "a larger batch than the runner was made for"
-        drawn = self._drawn[: len(slices)]
+        assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
+        drawn = self._drawn[: len(rows)]
         logits, replayed = self._run(slices, sources)
-        if not replayed:
+        if rows and not replayed:
             self._argmax(logits, drawn)
-        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices], drawn)
+        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices if item.logits == "last"], drawn)
         return fetch(drawn)
 
     def warm_up(self, progress: Progress | None = None) -> None:
@@ -123,9 +125,11 @@ class GpuModelRunner(ModelRunner):
         return self._pool
 
     def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> tuple[torch.Tensor, bool]:
-        """Logits, and whether a graph was replayed, which draws the likeliest tokens too."""
+        """Logits, and whether a graph was replayed, which draws the likeliest tokens too. `sources`: one a slice."""
         pool = self._pool_tensor()
         batch = build_batch(slices, pool.shape[4])
+        if sources is not None and len(batch.token_ids) > len(slices):
+            sources = np.repeat(np.asarray(sources, np.int32), np.diff(batch.row_starts)).tolist()
         arrays = host_arrays(batch, sources, self._gpu.attention.tile_tokens)
         graphs = self._graphs
         if graphs is not None and is_decode(batch) and graphs.holds(arrays):

@@ -29,3 +29,5 @@ class GpuSettings:
     """The service's own kernel."""
     max_batch: int = 0
     """Sequences of the largest decode step that is captured as a graph; 0 captures none (prefill)."""
+    max_rows: int = 1
+    """Most tokens that a step may draw where that is more."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from llm.gpu.settings import GpuSettings
 
 
-def gpu_settings(device: str) -> GpuSettings | None:
-    """None for a CPU. Needs Triton only for a GPU."""
+def gpu_settings(device: str, max_prompts: int) -> GpuSettings | None:
+    """None for a CPU; up to `max_prompts` prompts may end in one step. Needs Triton only for a GPU."""
     if not device.startswith("cuda"):
         return None
     from prefill_svc.kernels.chunk_attention import ChunkAttention
 
-    return GpuSettings(ChunkAttention())
+    return GpuSettings(ChunkAttention(), max_rows=max_prompts)

@@ -74,9 +74,9 @@ def reference(config, tensors, device):
     return Reference(config, tensors, device)
 
 
-def make_runner(config, tensors, device, attention, max_batch=0):
+def make_runner(config, tensors, device, attention, max_batch=0, *, max_rows=1):
     role = "decode" if max_batch else "prefill"
-    settings = RunnerSettings(role, str(device), "float32", gpu=GpuSettings(attention, max_batch))
+    settings = RunnerSettings(role, str(device), "float32", gpu=GpuSettings(attention, max_batch, max_rows))
     runner = runners.GpuModelRunner(config, tensors, settings)
     runner.attach(make_pool(config, device))
     return runner
@@ -179,3 +179,18 @@ def test_steps_follow_each_other_without_the_host_seeing_tokens(config, tensors,
         for place, token in zip(order, expected, strict=True):
             history[place].append(token.token_id)
         order, sources = order[::-1], [1, 0]
+
+
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
+def test_chunks_draw_where_a_prompt_ends(config, tensors, reference, device):
+    """One prompt ends, one goes on, one is a single token that follows the step before."""
+    runner = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=3)
+    first = [SequenceSlice([9, 8, 7], 0, [0]), SequenceSlice(list(range(3, 19)), 0, [5, 2], "none")]
+    greedy = SampleRow(SamplingParams(temperature=0.0), (), 0)
+    drawn = reference.forward(first).argmax(dim=-1).tolist()
+    assert runner.start_step(first, [-1, -1], [greedy]).token_ids() == drawn
+    hidden = [SequenceSlice([40, 41], 16, [5, 2]), SequenceSlice([0], 3, [0])]
+    known = [hidden[0], SequenceSlice(drawn, 3, [0])]
+    expected = reference.forward(known).argmax(dim=-1).tolist()
+    assert runner.start_step(hidden, [-1, 0], [greedy, greedy]).token_ids() == expected
+    assert runner.start_step([SequenceSlice([1], 18, [5, 2], "none")], [-1], []).token_ids() == []
