@@ -11,7 +11,8 @@ import grpc
 from opentelemetry import context as otel_context
 
 from decode_svc.batcher import SequenceState
-from decode_svc.engine import DecodeEngine, DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
+from decode_svc.engine import DecodeEngine
+from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
 from kvtransfer.puller import KvPuller, PullResult
 from kvtransfer.ticket import KvTicket
 from kvtransfer.wire import ticket_from_proto

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -12,68 +12,14 @@ from torch import Tensor
 from llm.kv.allocator import BlockAllocator
 from llm.runner import ModelRunner, SequenceSlice
 from llm.sampling import SampledToken, SampleRow, sample, token_logprobs
-from llm.sampling_params import SamplingParams
 from llm.steps import Complete, StepResult, steps_of
 from prefill_svc.batcher import Chunk, PrefillBatcher, PromptState
+from prefill_svc.job import Admitted, Failed, Finished, PrefillEvent, PrefillJob, Progress
 from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
 from tandem.errors import Reason, TandemError
 from tandem.pacer import Pacer
 
-
-@dataclass(frozen=True)
-class Admitted:
-    """The prompt has its blocks; `num_cached_tokens` of it are computed already."""
-
-    block_ids: Sequence[int]
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The KV of the first `num_computed_tokens` tokens is in the pool."""
-
-    num_computed_tokens: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The first token, and when the prompt's first chunk began and the token was drawn (monotonic clock, ns)."""
-
-    token: SampledToken
-    prompt_logprobs: Sequence[SampledToken]
-    started_ns: int
-    finished_ns: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The engine failed, or the deadline has passed; nothing more will come."""
-
-    error: TandemError
-
-
 _LATE = Failed(TandemError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the prompt was computed"))
-
-
-PrefillEvent = Admitted | Progress | Finished | Failed
-
-
-@dataclass(eq=False)
-class PrefillJob:
-    """A request in the engine: what to compute, how to draw the first token, and where its events go."""
-
-    prompt: PromptState
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    forbidden_token_ids: Sequence[int]
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
-    mailbox: Mailbox[PrefillEvent] = field(default_factory=Mailbox)
-    started_ns: int = 0
-    prompt_logprobs: list[SampledToken] = field(default_factory=list)
-
-    def sample_row(self) -> SampleRow:
-        return SampleRow(self.sampling, self.prompt.token_ids, self.num_prompt_tokens, self.forbidden_token_ids, self.num_logprobs)
 
 
 Work = Sequence[tuple[Chunk, PrefillJob]]

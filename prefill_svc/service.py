@@ -11,7 +11,8 @@ from kvtransfer.ticket import KvTicket
 from kvtransfer.wire import ticket_to_proto
 from llm.sampling_params import SamplingParams
 from prefill_svc.batcher import PromptState
-from prefill_svc.engine import Admitted, Failed, Finished, PrefillEngine, PrefillEvent, PrefillJob, Progress
+from prefill_svc.engine import PrefillEngine
+from prefill_svc.job import Admitted, Failed, Finished, PrefillEvent, PrefillJob, Progress
 from tandem.attempts import Attempt, Attempts
 from tandem.clock import wall_ns
 from tandem.errors import Reason, TandemError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from decode_svc.batcher import BatcherLimits, DecodeBatcher, SequenceState
-from decode_svc.engine import DecodeEngine, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
+from decode_svc.engine import DecodeEngine
+from decode_svc.job import DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
 from llm.batch import SequenceSlice
 from llm.kv.allocator import BlockAllocator
 from llm.sampling_params import SamplingParams

@@ -10,7 +10,8 @@ from llm.batch import SequenceSlice
 from llm.kv.allocator import BlockAllocator
 from llm.sampling_params import SamplingParams
 from prefill_svc.batcher import BatcherLimits, PrefillBatcher, PromptState
-from prefill_svc.engine import Admitted, Failed, Finished, PrefillEngine, PrefillJob, Progress
+from prefill_svc.engine import PrefillEngine
+from prefill_svc.job import Admitted, Failed, Finished, PrefillJob, Progress
 from tandem.engine_thread import Courier
 from tandem.errors import Reason, TandemError
 
