@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _load(options: argparse.Namespace, gpu: GpuSettings, num_tokens: int) -> GpuModelRunner:
     files = RandomFiles(f"random:{options.model}", RANDOM_MODELS[options.model])
     began = time.monotonic()
-    runner = GpuModelRunner.load(files, RunnerSettings("decode", "cuda", gpu=gpu))
+    runner = GpuModelRunner.load(files, RunnerSettings("decode", "cuda:0", gpu=gpu))
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _PAGE, runner.kv_dtype)
     pool = KvPool.create(layout, -(-num_tokens // _PAGE) + 8, "cuda")

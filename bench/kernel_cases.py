@@ -11,8 +11,8 @@ import torch
 
 from bench.gpu_timing import Call
 from decode_svc.kernels.paged_attention import PagedAttention, Stretch
-from llm.batch import Batch, SequenceSlice, build_batch
-from llm.gpu.tiles import Tiles, cut_tiles
+from llm.batch import Batch, Integers, SequenceSlice, build_batch
+from llm.gpu.tiles import Tiles, cut_tiles, whole_rows
 from llm.ops.gpu.argmax import Argmax
 from llm.ops.gpu.block_copy import copy_blocks, copy_blocks_reference
 from llm.ops.gpu.checksum import block_checksums
@@ -32,15 +32,17 @@ MATRICES = {
     "head": (HIDDEN, VOCAB),
 }
 SKINNY_TILES = [
-    Tile(16, 256), Tile(16, 256, 4, 4, 1), Tile(16, 512, 4, 3), Tile(32, 128), Tile(32, 256, 4, 3), Tile(32, 128, 4, 6, 8),
-    Tile(64, 64, 4, 5), Tile(64, 128), Tile(128, 64, 4, 4), Tile(128, 64, 8, 4),
+    Tile(16, 256), Tile(16, 512, 4, 3), Tile(32, 128), Tile(32, 256, 4, 3), Tile(32, 128, 4, 6), Tile(64, 64, 4, 5), Tile(64, 128),
 ]  # fmt: skip
 VECTOR_TILES = [
-    Tile(8, 512, 4, 2, 1), Tile(8, 512, 4, 2, 8), Tile(8, 512, 4, 2, 32), Tile(4, 1024, 4, 3, 32), Tile(4, 512, 4, 4, 32),
-    Tile(4, 1024, 4, 2, 16), Tile(8, 512, 4, 4, 16), Tile(8, 1024, 8, 2, 16),
+    Tile(8, 512, 4, 2), Tile(8, 512, 4, 4), Tile(8, 1024, 8, 2), Tile(4, 1024, 4, 3), Tile(4, 1024, 4, 2), Tile(4, 512, 4, 4),
+    Tile(2, 2048, 4, 2), Tile(16, 256, 4, 3),
 ]  # fmt: skip
 PREFILL_SHAPES = [Shape(128, 128, 8, 2), Shape(128, 64, 8, 3), Shape(128, 64, 8, 4), Shape(64, 64, 4, 3), Shape(128, 128, 8, 3)]
-STRETCHES = [Stretch(), Stretch(64, 4, 5), Stretch(128, 8, 3), Stretch(128, 4, 3), Stretch(32, 4, 4)]
+STRETCHES = [
+    Stretch(), Stretch(64, 4, 3, 128), Stretch(64, 4, 3, 512), Stretch(32, 4, 4), Stretch(32, 4, 4, 512), Stretch(128, 4, 3),
+    Stretch(128, 4, 3, 512), Stretch(32, 2, 4), Stretch(64, 2, 3), Stretch(64, 4, 2),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _around(name: str, rows: int) -> Around:
 
 
 def _show(tile: Tile) -> str:
-    return f"[{tile.outputs}x{tile.inputs} warps {tile.num_warps} stages {tile.num_stages} ahead {tile.ahead}]"
+    return f"[{tile.outputs}x{tile.inputs} warps {tile.num_warps} stages {tile.num_stages}]"
 
 
 def _drawing() -> Iterator[Case]:
@@ -171,12 +173,14 @@ class _Paged:
     pool: torch.Tensor
     kv_bytes: float
 
-    def tiles(self, tile_tokens: int) -> Tiles:
-        arrays = {name: torch.from_numpy(array).cuda() for name, array in cut_tiles(self.batch, tile_tokens).items()}
+    def tiles(self, tile_tokens: int, whole: Integers | None = None) -> Tiles:
+        cut = cut_tiles(self.batch, tile_tokens, whole)
+        arrays = {name: torch.from_numpy(array).cuda() for name, array in cut.items()}
         starts, ids = (torch.from_numpy(array).cuda() for array in (self.batch.block_starts, self.batch.block_ids))
         return Tiles(
             arrays["tile_sequences"], arrays["tile_rows"], arrays["tile_counts"], arrays["tile_positions"], starts, ids,
-            len(arrays["tile_rows"]), int(arrays["tile_counts"].max()),
+            len(arrays["tile_rows"]), int(cut["tile_counts"].max(initial=0)),
+            () if whole is None else whole_rows(self.batch, whole),
         )  # fmt: skip
 
 
@@ -207,7 +211,11 @@ def _decode_attention(tunes: bool) -> Iterator[Case]:
             attention = PagedAttention(stretch)
             tiles = case.tiles(attention.tile_tokens)
             calls: list[Call] = [partial(attention, case.qkv, tiles, case.pool, layer) for layer in range(layers)]
-            detail = f" [{stretch.tokens} warps {stretch.num_warps} stages {stretch.num_stages}]" if tunes else ""
+            detail = (
+                f" [{stretch.tokens} warps {stretch.num_warps} stages {stretch.num_stages} least {stretch.least_tokens}]"
+                if tunes
+                else ""
+            )
             yield Case(f"paged_attention {name}{detail}", calls, case.kv_bytes, 0, torch_calls)
 
 
@@ -238,6 +246,12 @@ def _prefill_attention(tunes: bool) -> Iterator[Case]:
                 f" [{shape.rows}x{shape.tokens} warps {shape.num_warps} stages {shape.num_stages}]" if tunes else ""
             )
             yield Case(label, [call], 0, flops, torch_calls)
+        whole = attention.whole_tokens(case.batch, case.pool)
+        if whole is not None and whole.any():
+            tiles = case.tiles(attention.tile_tokens, whole)
+            yield Case(
+                f"chunk_attention {name}, as in use", [partial(attention, case.qkv, tiles, case.pool, 0)], 0, flops, torch_calls
+            )
 
 
 def _torch_prefill(tokens: int, batch: int) -> list[Call]:

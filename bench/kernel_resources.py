@@ -98,7 +98,7 @@ def _products() -> Iterator[Build]:
             if norms and rows > 1:
                 constants = constants | {"NORMS": False}
             tile = skinny_linear.choose_tile(rows, height)
-            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages, "AHEAD": tile.ahead}
+            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
             yield Build(f"skinny {rows} rows, {name}", kernel, constants | sizes, tile.num_warps)
 
 

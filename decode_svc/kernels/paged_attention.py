@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.batch import Batch, Integers
 from llm.gpu.tiles import Tiles
 from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
 
@@ -32,6 +33,8 @@ class Stretch:
     tokens: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    least_tokens: int = 0
+    """The fewest tokens of a split; 0: by the number of programs."""
 
 
 @triton.jit
@@ -44,7 +47,6 @@ def _paged_attention_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    wait_for_inputs(EARLY)
     count = tl.load(tile_counts_ptr + tile)
     first_position = tl.load(tile_positions_ptr + tile)
     length = first_position + count
@@ -55,12 +57,13 @@ def _paged_attention_kernel(
     tokens, heads = rows // GROUP, head * GROUP + rows % GROUP
     asked, real = tokens < count, columns < HEAD_DIM
     first_row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+    pages_ptr = block_ids_ptr + tl.load(block_starts_ptr + tl.load(tile_sequences_ptr + tile))
+    wait_for_inputs(EARLY)
     if (count == 0) | (split >= active):
         if (count == 0) & (split == 0):
             padding = out_ptr + first_row * out_stride + heads[:, None] * HEAD_DIM + columns[None, :]
             tl.store(padding, tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty), mask=(rows < GROUP)[:, None] & real[None, :])
         return
-    pages_ptr = block_ids_ptr + tl.load(block_starts_ptr + tl.load(tile_sequences_ptr + tile))
     query = tl.load(
         qkv_ptr + (first_row + tokens)[:, None] * qkv_stride + heads[:, None] * HEAD_DIM + columns[None, :],
         mask=asked[:, None] & real[None, :],
@@ -150,12 +153,20 @@ class PagedAttention:
         self._counters = torch.empty(0, dtype=torch.int32)
         self._retired: list[torch.Tensor] = []
 
+    def whole_tokens(self, batch: Batch, pool: torch.Tensor) -> Integers | None:
+        """Every new token is in a tile."""
+        return None
+
     def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
-        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
+        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d].
+
+        On a GPU the tiles may not have been written by the launch just before, since they are read while that ends.
+        """
         num_kv_heads, page, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
         group = qkv.shape[1] // head_dim // num_kv_heads - 2
         out = torch.empty(qkv.shape[0], group * num_kv_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
         splits, least_tokens = choose_splits(tiles.num_tiles * num_kv_heads)
+        least_tokens = self._stretch.least_tokens or least_tokens
         kept = triton.next_power_of_2(group * tiles.max_count)
         columns = triton.next_power_of_2(head_dim)
         self._reserve(tiles.num_tiles * num_kv_heads, splits * kept, columns, qkv.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llm.batch import Batch, Integers
-from llm.gpu.tiles import Tiles, cut_tiles
+from llm.gpu.tiles import Tiles, cut_tiles, whole_rows
 
 PER_ROW = ("token_ids", "sources", "positions", "row_blocks", "row_offsets", "logits_rows")
 PER_TILE = ("tile_sequences", "tile_rows", "tile_counts", "tile_positions")
@@ -28,8 +28,10 @@ class DeviceBatch(Batch):
         return self.on_device
 
 
-def host_arrays(batch: Batch, sources: Sequence[int] | None, tile_tokens: int) -> dict[str, Integers]:
-    """Everything that a device needs of a batch, `block_ids` last; `sources` as in llm.ops.gpu.embed."""
+def host_arrays(
+    batch: Batch, sources: Sequence[int] | None, tile_tokens: int, whole: Integers | None = None
+) -> dict[str, Integers]:
+    """All that a device needs of a batch, `block_ids` last; `sources` as in llm.ops.gpu.embed, the rest as in `cut_tiles`."""
     rows = len(batch.token_ids)
     arrays: dict[str, Integers] = {
         "token_ids": batch.token_ids.astype(np.int32),
@@ -39,10 +41,12 @@ def host_arrays(batch: Batch, sources: Sequence[int] | None, tile_tokens: int) -
         "row_offsets": batch.row_offsets,
         "logits_rows": batch.logits_rows.astype(np.int32),
     }
-    return arrays | cut_tiles(batch, tile_tokens) | {"block_starts": batch.block_starts, "block_ids": batch.block_ids}
+    return arrays | cut_tiles(batch, tile_tokens, whole) | {"block_starts": batch.block_starts, "block_ids": batch.block_ids}
 
 
-def make_device_batch(batch: Batch, tensors: Mapping[str, torch.Tensor], drawn: torch.Tensor, max_count: int) -> DeviceBatch:
+def make_device_batch(
+    batch: Batch, tensors: Mapping[str, torch.Tensor], drawn: torch.Tensor, max_count: int, whole: Integers | None = None
+) -> DeviceBatch:
     """Views of tensors that are on the device already, by the names of `host_arrays`."""
     tiles = Tiles(
         sequences=tensors["tile_sequences"],
@@ -53,6 +57,7 @@ def make_device_batch(batch: Batch, tensors: Mapping[str, torch.Tensor], drawn: 
         block_ids=tensors["block_ids"],
         num_tiles=tensors["tile_rows"].shape[0],
         max_count=max_count,
+        whole=() if whole is None else whole_rows(batch, whole),
     )
     on_device = {name: tensors[name] for name in PER_ROW} | {"drawn": drawn}
     return DeviceBatch(**{item.name: getattr(batch, item.name) for item in fields(Batch)}, on_device=on_device, tiles=tiles)

@@ -130,12 +130,15 @@ class GpuModelRunner(ModelRunner):
         batch = build_batch(slices, pool.shape[4])
         if sources is not None and len(batch.token_ids) > len(slices):
             sources = np.repeat(np.asarray(sources, np.int32), np.diff(batch.row_starts)).tolist()
-        arrays = host_arrays(batch, sources, self._gpu.attention.tile_tokens)
+        attention = self._gpu.attention
+        whole = attention.whole_tokens(batch, pool)
+        arrays = host_arrays(batch, sources, attention.tile_tokens, whole)
         graphs = self._graphs
         if graphs is not None and is_decode(batch) and graphs.holds(arrays):
             return graphs.replay(arrays), True
         tensors = upload(arrays, self.device)
-        return self._forward(make_device_batch(batch, tensors, self._drawn, int(arrays["tile_counts"].max()))), False
+        largest = int(arrays["tile_counts"].max(initial=0))
+        return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole)), False
 
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
         model = self._few_rows if self._is_few(batch) else self._model

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from llm.batch import Batch, Integers
 from llm.gpu.tiles import Tiles
 
 
@@ -15,6 +16,10 @@ class Attention(Protocol):
 
     tile_tokens: int
     """New tokens of a sequence that a tile may have."""
+
+    def whole_tokens(self, batch: Batch, pool: torch.Tensor) -> Integers | None:
+        """[s], how many of each sequence's new tokens, from its first on, go to Tiles.whole and into no tile; None: none at all."""
+        ...
 
     def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
         """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""

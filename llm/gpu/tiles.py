@@ -32,11 +32,23 @@ class Tiles:
     """Each sequence's blocks in order, from block_starts[i]."""
     num_tiles: int
     max_count: int
+    whole: tuple[slice, ...] = ()
+    """Rows of the batch that no tile holds: each a sequence's first tokens, which attention takes at once."""
 
 
-def cut_tiles(batch: Batch, tile_tokens: int) -> dict[str, Integers]:
-    """The tile arrays of a batch, tiles with the longest contexts first, for a launch should end on short work."""
-    counts = np.diff(batch.row_starts)
+def whole_rows(batch: Batch, whole: Integers) -> tuple[slice, ...]:
+    """The rows of each sequence's first `whole[i]` new tokens, where there are any."""
+    starts = batch.row_starts
+    return tuple(slice(int(starts[index]), int(starts[index] + whole[index])) for index in np.flatnonzero(whole))
+
+
+def cut_tiles(batch: Batch, tile_tokens: int, whole: Integers | None = None) -> dict[str, Integers]:
+    """The tile arrays of a batch, tiles with the longest contexts first, for a launch should end on short work.
+
+    Tiles begin after the first `whole[i]` new tokens of sequence i.
+    """
+    taken = np.zeros(len(batch.lengths), np.int32) if whole is None else whole
+    counts = np.diff(batch.row_starts) - taken
     tiles = -(-counts // tile_tokens)
     sequences = np.repeat(np.arange(len(counts), dtype=np.int32), tiles)
     within = np.arange(int(tiles.sum()), dtype=np.int32) - np.repeat(np.cumsum(tiles) - tiles, tiles).astype(np.int32)
@@ -45,7 +57,7 @@ def cut_tiles(batch: Batch, tile_tokens: int) -> dict[str, Integers]:
     order = np.argsort(-positions, kind="stable")
     return {
         "tile_sequences": sequences[order],
-        "tile_rows": (batch.row_starts[:-1][sequences] + skipped)[order].astype(np.int32),
+        "tile_rows": ((batch.row_starts[:-1] + taken)[sequences] + skipped)[order].astype(np.int32),
         "tile_counts": np.minimum(counts[sequences] - skipped, tile_tokens)[order].astype(np.int32),
         "tile_positions": positions[order].astype(np.int32),
     }

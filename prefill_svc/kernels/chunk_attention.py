@@ -3,8 +3,8 @@
 """Attention of prompts' chunks over paged K and V: softmax(q k^T / sqrt(d)) v, causal, grouped query heads.
 
 Prompts of any lengths lie one after another without padding; each may begin with cached tokens. A program takes one tile of new
-tokens of one query head; tiles with the longest contexts start first. Source: Dao, FlashAttention-2, 2023. Reference:
-llm.ops.attention.
+tokens of one query head; tiles with the longest contexts start first. Long fresh prompts go to the library instead, see
+library_attention. Source: Dao, FlashAttention-2, 2023. Reference: llm.ops.attention.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.batch import Batch, Integers
 from llm.gpu.tiles import Tiles
 from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+from prefill_svc.kernels.library_attention import attend, is_available, whole_tokens
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,26 @@ class ChunkAttention:
         self.tile_tokens = self._shape.rows
         """New tokens of a sequence that one program takes."""
 
+    def whole_tokens(self, batch: Batch, pool: torch.Tensor) -> Integers | None:
+        """What the library takes, where there is one for this pool."""
+        return whole_tokens(batch) if is_available(pool.device, pool.dtype, pool.shape[5]) else None
+
     def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
-        """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
-        num_kv_heads, page, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+        """qkv [n, (h + 2 kv) d], q and k already turned, K and V of the new tokens already in the pool -> [n, h d]."""
+        num_kv_heads, head_dim = pool.shape[3], pool.shape[5]
+        if tiles.whole == (slice(0, qkv.shape[0]),):
+            return attend(qkv, num_kv_heads, head_dim)
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+        if tiles.num_tiles:
+            self._attend_tiles(qkv, tiles, pool, layer, out)
+        for rows in tiles.whole:
+            out[rows] = attend(qkv[rows], num_kv_heads, head_dim)
+        return out
+
+    def _attend_tiles(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int, out: torch.Tensor) -> None:
+        num_kv_heads, page, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         view, rows = pool[:, layer], max(16, min(self._shape.rows, triton.next_power_of_2(tiles.max_count)))
         shape = self._shape if rows == self._shape.rows else _SMALL
         _chunk_attention_kernel[(num_heads, tiles.num_tiles)](
@@ -126,4 +143,3 @@ class ChunkAttention:
             TOKENS=shape.tokens, STAGES=shape.num_stages, num_warps=shape.num_warps,
             **dependent_launch(),
         )  # fmt: skip
-        return out

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llm.batch import Batch, SequenceSlice, build_batch
-from llm.gpu.tiles import Tiles, cut_tiles
+from llm.batch import Batch, Integers, SequenceSlice, build_batch
+from llm.gpu.tiles import Tiles, cut_tiles, whole_rows
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ def make_paged(
     return Paged(batch, make_tiles(batch, tile_tokens, device), pool.to(device, dtype), qkv.to(device, dtype))
 
 
-def make_tiles(batch: Batch, tile_tokens: int, device: torch.device) -> Tiles:
+def make_tiles(batch: Batch, tile_tokens: int, device: torch.device, whole: Integers | None = None) -> Tiles:
     """Tiles with tensors of their own, as a runner would upload them."""
-    arrays = {name: torch.from_numpy(array).to(device) for name, array in cut_tiles(batch, tile_tokens).items()}
+    cut = cut_tiles(batch, tile_tokens, whole)
+    arrays = {name: torch.from_numpy(array).to(device) for name, array in cut.items()}
     return Tiles(
         sequences=arrays["tile_sequences"],
         rows=arrays["tile_rows"],
@@ -63,7 +64,8 @@ def make_tiles(batch: Batch, tile_tokens: int, device: torch.device) -> Tiles:
         block_starts=torch.from_numpy(batch.block_starts).to(device),
         block_ids=torch.from_numpy(batch.block_ids).to(device),
         num_tiles=len(arrays["tile_rows"]),
-        max_count=int(arrays["tile_counts"].max()),
+        max_count=int(cut["tile_counts"].max(initial=0)),
+        whole=() if whole is None else whole_rows(batch, whole),
     )
 
 

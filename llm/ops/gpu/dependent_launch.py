@@ -3,7 +3,8 @@
 
 A decode step is a chain of some two hundred short kernels, and between two of them the memory stands idle for as long as programs
 need to start. Launched like this, they have started, and may have read ahead what no kernel writes (weights), when their inputs are
-complete. Every kernel so launched calls `wait_for_inputs` before it reads or writes anything that another kernel writes or reads.
+complete. Every kernel so launched calls `wait_for_inputs` before it writes anything, and before it reads what the launch just
+before it may have written; whatever is older is complete when its programs start, since that launch waited in turn.
 Source: CUDA programming guide, "Programmatic dependent launch". Before Hopper, and in the interpreter, launches are plain ones.
 """
 
@@ -32,11 +33,3 @@ def wait_for_inputs(EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def read_ahead(pointers):
-    """Starts to bring the 256 bytes at each pointer, which is a multiple of 16, into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.ops.gpu.dependent_launch import dependent_launch, read_ahead, wait_for_inputs
+from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
 from llm.ops.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
@@ -30,8 +30,6 @@ class Tile:
     inputs: int
     num_warps: int = 4
     num_stages: int = 4
-    ahead: int = 16
-    """Pieces of 256 bytes of each output's weights that are read ahead, a power of two."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,11 @@ class Around:
 
 
 @triton.jit
-def _read_weights_ahead(weight_ptr, outputs, width, height, SILU: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD * 256 bytes of each output's weights, or all of them: more would push out what others have read ahead."""
-    starts = tl.minimum(tl.arange(0, AHEAD) * 128, width - 128)
-    pointers = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + starts[None, :]
-    read_ahead(pointers)
-    if SILU:
-        read_ahead(pointers + height.to(tl.int64) * width)
-
-
-@triton.jit
 def _skinny_kernel(
     x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """NORMS is for _vector_kernel: here it would cost each program more instructions than the product itself."""
     tl.static_assert(not NORMS)
@@ -74,8 +62,6 @@ def _skinny_kernel(
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
     values = x_ptr + rows[None, :] * x_stride + inputs[:, None]
-    if EARLY:
-        _read_weights_ahead(weight_ptr, outputs, width, height, SILU, AHEAD)
     wait_for_inputs(EARLY)
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     second = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
@@ -106,33 +92,54 @@ def _skinny_kernel(
 
 
 @triton.jit
+def _take_in(
+    weight, up, x_ptrs, norm_ptrs, inside, totals, seconds, squares, NORMS: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    """Adds the products of one step's inputs to the sums."""
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    if NORMS:
+        squares += x * x
+        x *= tl.load(norm_ptrs, mask=inside, other=0.0).to(tl.float32)
+    totals += weight.to(tl.float32) * x[None, :]
+    if SILU:
+        seconds += up.to(tl.float32) * x[None, :]
+    return totals, seconds, squares
+
+
+@triton.jit
 def _vector_kernel(
     x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for one row, without the matrix unit: W goes straight to registers, 16 bytes a thread."""
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
-    if EARLY:
-        _read_weights_ahead(weight_ptr, outputs, width, height, SILU, AHEAD)
-    wait_for_inputs(EARLY)
     totals = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
     seconds = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
     squares = tl.zeros((INPUTS,), dtype=tl.float32)
-    for start in tl.range(0, width, INPUTS, num_stages=STAGES):
-        inside = start + inputs < width
+    # No kernel writes weights: the first of them are on their way while x is still being computed.
+    inside = inputs < width
+    weight = tl.load(weights, mask=inside[None, :] | EVEN, other=0.0)
+    up = weight
+    if SILU:
+        up = tl.load(weights + height.to(tl.int64) * width, mask=inside[None, :] | EVEN, other=0.0)
+    wait_for_inputs(EARLY)
+    totals, seconds, squares = _take_in(
+        weight, up, x_ptr + inputs, norm_ptr + inputs, inside, totals, seconds, squares, NORMS, SILU
+    )
+    for start in tl.range(INPUTS, width, INPUTS, num_stages=STAGES):
+        columns = start + inputs
+        inside = columns < width
         weight = tl.load(weights + start, mask=inside[None, :] | EVEN, other=0.0)
-        x = tl.load(x_ptr + start + inputs, mask=inside, other=0.0).to(tl.float32)
-        if NORMS:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + inputs, mask=inside, other=0.0).to(tl.float32)
-        totals += weight.to(tl.float32) * x[None, :]
+        up = weight
         if SILU:
             up = tl.load(weights + height.to(tl.int64) * width + start, mask=inside[None, :] | EVEN, other=0.0)
-            seconds += up.to(tl.float32) * x[None, :]
+        totals, seconds, squares = _take_in(
+            weight, up, x_ptr + columns, norm_ptr + columns, inside, totals, seconds, squares, NORMS, SILU
+        )
     total, second = tl.sum(totals, axis=1), tl.sum(seconds, axis=1)
     if NORMS:
         scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
@@ -148,13 +155,10 @@ def _vector_kernel(
 
 
 def choose_tile(rows: int, height: int) -> Tile:
-    """Few outputs a program, so that every multiprocessor has about the same share of them; unmeasured defaults, see bench.kernels.
-
-    One row: eight outputs of 512 inputs are 8 KB a load. More rows: 16 outputs; for tall matrices 64, the matrix unit's own height.
-    """
+    """Few outputs a program, so that multiprocessors have about equal shares of them; measured on an H100 with bench.kernels."""
     if rows == 1:
         return Tile(8, 512, num_warps=4, num_stages=2)
-    return Tile(16, 256, num_warps=4, num_stages=4) if height < 16_384 else Tile(64, 128, num_warps=4, num_stages=4)
+    return Tile(32, 128, num_warps=4, num_stages=6) if height > 4096 else Tile(16, 256, num_warps=4, num_stages=4)
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None = None, tile: Tile | None = None) -> torch.Tensor:
@@ -174,9 +178,6 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     inputs = min(tile.inputs, max(16, triton.next_power_of_2(width)))
     padded = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
     kernel = _vector_kernel if rows == 1 else _skinny_kernel
-    launch = dependent_launch()
-    if (width * weight.element_size()) % 256 != 0 or weight.element_size() != 2:
-        launch = {"EARLY": False}
     unused = weight
     if rows:
         kernel[(triton.cdiv(height, tile.outputs), triton.cdiv(rows, padded))](
@@ -184,7 +185,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
             rows, width, height, x.stride(0), around.eps,
             NORMS=around.norm is not None, BIAS=around.bias is not None, ADDS=around.residual is not None, SILU=around.silu_mul,
             EVEN=width % inputs == 0, ROWS=padded, OUTPUTS=tile.outputs, INPUTS=inputs, STAGES=tile.num_stages,
-            AHEAD=tile.ahead, num_warps=tile.num_warps, **launch,
+            num_warps=tile.num_warps, **dependent_launch(),
         )  # fmt: skip
     return out
 
