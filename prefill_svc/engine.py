@@ -95,7 +95,7 @@ class PrefillEngine:
         with self._lock:
             if self._failure is not None:
                 raise self._failure.error
-            self._batcher.submit(job.prompt)
+            self._batcher.submit(job.prompt, self._speed.tokens_per_second)
             self._jobs[job.prompt] = job
             self._admit()
         self._wake()

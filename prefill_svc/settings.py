@@ -19,6 +19,9 @@ class PrefillSettings:
         },
     )
     max_prompts: int = field(default=256, metadata={"help": "most prompts waiting and running; more are refused"})
+    max_queued_tokens: int = field(
+        default=262_144, metadata={"help": "most prompt tokens still to compute; more long prompts are refused", "minimum": 1}
+    )
     weights: WeightSettings = field(default_factory=WeightSettings)
     kv: KvSettings = field(default_factory=KvSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)

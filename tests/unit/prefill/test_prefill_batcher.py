@@ -56,11 +56,11 @@ def test_a_repeated_prompt_computes_only_what_is_not_cached() -> None:
     assert step(batcher) == [(again, 8, 2)]
 
 
-def test_a_prompt_waits_for_blocks_and_nobody_overtakes_it() -> None:
-    batcher, allocator = make(num_blocks=4)
+def test_a_prompt_waits_for_blocks_and_nobody_of_its_kind_overtakes_it() -> None:
+    batcher, allocator = make(num_blocks=5)
     first = submit(batcher, 12, 100)
-    big, small = submit(batcher, 8, 200), submit(batcher, 2, 300)
-    assert (batcher.num_running, batcher.num_waiting, allocator.num_free) == (1, 2, 1)
+    big, small = submit(batcher, 12, 200), submit(batcher, 5, 300)
+    assert (batcher.num_running, batcher.num_waiting, allocator.num_free) == (1, 2, 2)
     while step(batcher):
         pass
     batcher.close(first)
