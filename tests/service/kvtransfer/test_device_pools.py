@@ -1,24 +1,33 @@
 """The hand-off between pools in GPU memory; the GPUs and kernels are faked (the kernels have tests of their own)."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvtransfer.checksum import block_checksum
-from llm.kv.device_memory import DeviceMemory
+from kvtransfer.ticket import CudaIpcOffer, KvTicket
+from llm.kv.device_memory import DeviceMemory, DeviceMemoryError
+from llm.kv.host_identity import process_start_ticks
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
+from tandem.errors import Reason, TandemError
 from tests.fakes.cuda_calls import FakeCuda, as_of_another_process, install
 from tests.fakes.interpreter import interpret_without_gpu
-from tests.service.kvtransfer.harness import FIRST_TOKEN, Transfer, transfer
+from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, Transfer, transfer
 
 interpret_without_gpu()
 device_lane = pytest.importorskip("llm.kv.device_lane")
 copy_blocks_reference = pytest.importorskip("llm.ops.gpu.block_copy").copy_blocks_reference
 
 MINE = [7, 3, 30, 11, 0, 22, 5, 38]
+both_transports = pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
 DEVICE = torch.device("cpu", 0)
 
 
@@ -47,7 +56,7 @@ async def on_gpus(*transports: str) -> AsyncIterator[Transfer]:
         yield at
 
 
-@pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
+@both_transports
 async def test_blocks_arrive_as_they_are_computed(cuda: FakeCuda, transport: str) -> None:
     async with on_gpus(transport) as at:
         ticket = at.grant()
@@ -59,3 +68,128 @@ async def test_blocks_arrive_as_they_are_computed(cuda: FakeCuda, transport: str
         untouched = [block for block in range(at.target.num_blocks) if block not in MINE]
         assert not at.target.tensor[untouched].any()
     assert (cuda.memory, cuda.opened) == ({}, [])
+
+
+def with_memory(ticket: KvTicket, **fields: object) -> KvTicket:
+    return replace(
+        ticket,
+        offers=tuple(
+            CudaIpcOffer(replace(offer.memory, **fields)) if isinstance(offer, CudaIpcOffer) else offer for offer in ticket.offers
+        ),
+    )
+
+
+async def test_what_is_said_of_the_choice(cuda: FakeCuda) -> None:
+    async with on_gpus() as at:
+        assert str(await at.puller.choose(at.complete())) == "cuda_ipc: same GPU, opened"
+        other = with_memory(at.complete(), handle=bytes(64))
+        assert str(await at.puller.choose(other)) == "tcp: producer has offered other memory before under the same id"
+        impostor = replace(at.complete(), producer_id="another", address="127.0.0.1:1")
+        assert str(await at.puller.choose(impostor)) == "tcp: offered memory is that of another producer (producer id differs)"
+    async with on_gpus("tcp") as at:
+        assert str(await at.puller.choose(at.complete())) == "tcp: cuda_ipc is switched off here"
+
+
+async def test_memory_of_another_gpu_is_read_from_there(cuda: FakeCuda) -> None:
+    async with on_gpus("cuda_ipc") as at:
+        ticket = with_memory(at.complete(), device_uuid=cuda.uuids[1])
+        assert str(await at.puller.choose(ticket)) == "cuda_ipc: same host, read from GPU to GPU"
+        await at.puller.pull(ticket, MINE)
+        assert at.arrived(ticket, MINE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"boot_id": "another"}, "producer runs on another host (boot id differs)"),
+        ({"boot_id": ""}, "producer runs on another host (boot id differs)"),
+        ({"device_uuid": "c" * 32}, "producer's GPU is not visible from here (another container, or CUDA_VISIBLE_DEVICES)"),
+        ({"device_uuid": "b" * 32}, "the two GPUs cannot read each other's memory"),
+        ({"handle": bytes(64)}, "producer's GPU memory cannot be opened (invalid resource handle)"),
+        ({"num_bytes": 1}, "ticket names blocks outside of the offered memory"),
+        ({"pid": os.getpid(), "process_start_ticks": process_start_ticks(os.getpid())}, "producer is this very process"),
+    ],
+)
+async def test_else_tcp_with_the_reason(cuda: FakeCuda, fields: dict[str, object], reason: str) -> None:
+    cuda.strangers = frozenset({(0, 1)})
+    async with on_gpus() as at:
+        ticket = with_memory(at.complete(), **fields)
+        for _ in range(2):
+            assert str(await at.puller.choose(ticket)) == f"tcp: {reason}"
+        assert (await at.puller.pull(ticket, MINE)).transport == "tcp"
+        assert at.arrived(ticket, MINE)
+    assert cuda.opened == []
+
+
+@both_transports
+async def test_a_damaged_block_is_refused(cuda: FakeCuda, transport: str) -> None:
+    async with on_gpus(transport) as at:
+        ticket = at.grant()
+        at.producer.progress(ticket.ticket_id, 8)
+        await at.until(lambda: at.producer._outboxes[ticket.ticket_id]._num_told == 8)
+        at.flip(5)
+        at.producer.finish(ticket.ticket_id, FIRST_TOKEN)
+        with pytest.raises(TandemError) as caught:
+            await at.puller.pull(ticket, MINE)
+        assert (caught.value.reason, caught.value.metadata["block_index"]) == (Reason.KV_CHECKSUM_MISMATCH, "5")
+
+
+@both_transports
+async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends only when the GPU has done with them; a second pull finds all staging memory free."""
+    entered, leave = threading.Event(), threading.Event()
+    whole = device_lane.Lane._checksums
+
+    def held(lane: object, count: int) -> list[int]:
+        if threading.current_thread().name.startswith("kv-pull"):
+            entered.set()
+            assert leave.wait(30)
+        return whole(lane, count)
+
+    monkeypatch.setattr(device_lane.Lane, "_checksums", held)
+    async with on_gpus(transport) as at:
+        ticket = at.complete()
+        pulling = asyncio.create_task(at.puller.pull(ticket, MINE))
+        await asyncio.to_thread(entered.wait, 30)
+        pulling.cancel()
+        await asyncio.sleep(0)
+        assert not pulling.done()
+        leave.set()
+        with pytest.raises(asyncio.CancelledError):
+            await pulling
+        await at.puller.pull(ticket, MINE)
+        assert at.arrived(ticket, MINE)
+
+
+@pytest.mark.parametrize("kinds", [(device_pool, KvPool.create), (KvPool.create, device_pool)])
+async def test_between_a_gpu_and_a_host_blocks_go_by_tcp(cuda: FakeCuda, kinds: tuple[Callable[..., KvPool], ...]) -> None:
+    waiting = list(kinds)
+
+    def make_pool(layout: KvLayout, num_blocks: int) -> KvPool:
+        return waiting.pop(0)(layout, num_blocks)
+
+    async with transfer(make_pool=make_pool) as at:
+        ticket = at.complete()
+        assert (await at.puller.pull(ticket, MINE)).transport == "tcp"
+        assert at.arrived(ticket, MINE)
+
+
+async def test_a_producer_that_ended_is_forgotten(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with on_gpus() as at:
+        await at.puller.pull(at.complete(), MINE)
+        (peer,) = at.puller._peers._peers.values()
+        assert not peer.gone
+        monkeypatch.setattr("llm.kv.device_memory.process_start_ticks", lambda pid: 0)
+        assert peer.gone
+
+
+def test_memory_that_cannot_be_had(cuda: FakeCuda) -> None:
+    cuda.full = True
+    with pytest.raises(DeviceMemoryError, match=r"0\.0 GiB cannot be had on cuda:0"):
+        KvPool.create(LAYOUT, 3, "cuda:0")
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm.kv.cuda_calls", None)
+    with pytest.raises(DeviceMemoryError, match=r"install tandem-serve\[cuda\]"):
+        KvPool.create(LAYOUT, 3, "cuda:0")
