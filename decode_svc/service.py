@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -20,7 +20,8 @@ from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
 from tandem.attempts import Attempts
 from tandem.clock import wall_ns
-from tandem.errors import Reason, TandemError
+from tandem.engine_thread import Mailbox
+from tandem.errors import Reason, TandemError, invalid_field
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc
@@ -41,6 +42,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._puller = puller
         self._limits = limits
         self._attempts = Attempts()
+        self._followers: dict[str, Follower] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -55,12 +57,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         with self._attempts.entered(request.request_id, request.attempt):
             block_ids = self._engine.reserve(job)
             try:
-                run = _DecodeRun(request, context, job, self._engine)
+                run = _DecodeRun(request, context, job, self._followers.get(request.follower_id))
                 result = await self._pull(run, ticket, block_ids)
                 self._engine.activate(job, result.first_token_id)
                 await run.serve(result)
             finally:
                 self._engine.close(job)
+
+    async def Follow(
+        self, request: decode_pb2.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.FollowResponse]:
+        if not request.follower_id or request.follower_id in self._followers:
+            raise invalid_field("follower_id", "must be given, and be another for each call")
+        follower = self._followers[request.follower_id] = Follower()
+        try:
+            yield decode_pb2.FollowResponse()
+            while True:
+                yield decode_pb2.FollowResponse(deltas=await follower.deltas.take())
+        finally:
+            follower.gone = True
+            del self._followers[request.follower_id]
 
     async def wait_idle(self) -> None:
         """Returns once no request is here."""
@@ -93,16 +109,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         task.add_done_callback(self._releases.discard)
 
 
+class Follower:
+    """A gateway that follows this worker. `deltas` is what it has not been sent yet; `gone` means that it never will be."""
+
+    def __init__(self) -> None:
+        self.deltas: Mailbox[decode_pb2.StreamDelta] = Mailbox()
+        self.gone = False
+
+
 class _DecodeRun:
     """One request from the moment its blocks are reserved: messages, times and spans."""
 
     def __init__(
-        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext, job: DecodeJob, engine: DecodeEngine
+        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext, job: DecodeJob, follower: Follower | None
     ) -> None:
         self._request = request
         self._context = context
         self._job = job
-        self._engine = engine
+        self._follower = follower
         self.pull_began_ns = 0
 
     async def write(self, **event: Any) -> None:
@@ -138,7 +162,13 @@ class _DecodeRun:
 
     async def _send_tokens(self, drawn: Sequence[Drawn]) -> None:
         tokens = [sampled_to_proto(event.token) for event in drawn]
-        await self.write(delta=decode_pb2.TokenDelta(index=drawn[0].index, tokens=tokens))
+        delta = decode_pb2.TokenDelta(index=drawn[0].index, tokens=tokens)
+        if self._follower is None:
+            await self.write(delta=delta)
+        elif self._follower.gone:
+            raise TandemError(Reason.STREAM_BROKEN, "the Follow call that carried this request's tokens has ended")
+        else:
+            self._follower.deltas.put(decode_pb2.StreamDelta(stream_number=self._request.stream_number, delta=delta))
 
     async def _finish(self, reason: EndReason) -> None:
         job = self._job
@@ -150,6 +180,7 @@ class _DecodeRun:
                 queue_us=(started_ns - job.ready_ns) // 1000,
                 run_us=(job.ended_ns - started_ns) // 1000,
                 num_preemptions=job.sequence.num_preemptions,
+                num_tokens=job.num_completion_tokens,
             )
         )
 

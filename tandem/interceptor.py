@@ -22,7 +22,7 @@ from tandem.errors import Outcome, Reason, TandemError, to_status
 logger = logging.getLogger(__name__)
 
 # Methods that show state for as long as the caller wants. They must not hold up shutdown, so they are ended by the server.
-OBSERVERS = frozenset({"Watch", "ServerReflectionInfo"})
+OBSERVERS = frozenset({"Watch", "Follow", "ServerReflectionInfo"})
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]

@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "ticket", "token_ids", "num_prompt_tokens", "sampling", "stop_rule", "logprobs")
+    __slots__ = ("request_id", "attempt", "ticket", "token_ids", "num_prompt_tokens", "sampling", "stop_rule", "logprobs", "follower_id", "stream_number")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class DecodeRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_RULE_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWER_ID_FIELD_NUMBER: _ClassVar[int]
+    STREAM_NUMBER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     ticket: _kv_pb2.KvTicket
@@ -27,7 +29,29 @@ class DecodeRequest(_message.Message):
     sampling: _generation_pb2.SamplingParams
     stop_rule: _prefill_pb2.StopRule
     logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[_kv_pb2.KvTicket, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_rule: _Optional[_Union[_prefill_pb2.StopRule, _Mapping]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    follower_id: str
+    stream_number: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[_kv_pb2.KvTicket, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_rule: _Optional[_Union[_prefill_pb2.StopRule, _Mapping]] = ..., logprobs: _Optional[int] = ..., follower_id: _Optional[str] = ..., stream_number: _Optional[int] = ...) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ("follower_id",)
+    FOLLOWER_ID_FIELD_NUMBER: _ClassVar[int]
+    follower_id: str
+    def __init__(self, follower_id: _Optional[str] = ...) -> None: ...
+
+class FollowResponse(_message.Message):
+    __slots__ = ("deltas",)
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    deltas: _containers.RepeatedCompositeFieldContainer[StreamDelta]
+    def __init__(self, deltas: _Optional[_Iterable[_Union[StreamDelta, _Mapping]]] = ...) -> None: ...
+
+class StreamDelta(_message.Message):
+    __slots__ = ("stream_number", "delta")
+    STREAM_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    stream_number: int
+    delta: TokenDelta
+    def __init__(self, stream_number: _Optional[int] = ..., delta: _Optional[_Union[TokenDelta, _Mapping]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("reserved", "kv_ready", "delta", "finished")
@@ -66,13 +90,15 @@ class TokenDelta(_message.Message):
     def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_prefill_pb2.SampledToken, _Mapping]]] = ...) -> None: ...
 
 class DecodeFinished(_message.Message):
-    __slots__ = ("reason", "queue_us", "run_us", "num_preemptions")
+    __slots__ = ("reason", "queue_us", "run_us", "num_preemptions", "num_tokens")
     REASON_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     RUN_US_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reason: _generation_pb2.FinishReason
     queue_us: int
     run_us: int
     num_preemptions: int
-    def __init__(self, reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., queue_us: _Optional[int] = ..., run_us: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    num_tokens: int
+    def __init__(self, reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., queue_us: _Optional[int] = ..., run_us: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...

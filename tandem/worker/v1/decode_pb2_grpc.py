@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/tandem.worker.v1.DecodeService/Follow',
+                request_serializer=tandem_dot_worker_dot_v1_dot_decode__pb2.FollowRequest.SerializeToString,
+                response_deserializer=tandem_dot_worker_dot_v1_dot_decode__pb2.FollowResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -60,6 +65,18 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Follow(self, request, context):
+        """Follow carries the `delta`s of all requests that name it, those of one engine step in one message: with many streams, a message
+        for each token is what costs both sides most.
+
+        The first message is empty and says that requests may name this call from now on; the stream then lasts until either side ends
+        it. A request that named it fails with ABORTED when it has ended, since tokens under way are lost. It takes part in no request's
+        order: deltas may come before `kv_ready` and after `finished`, whose num_tokens says how many there are. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -67,6 +84,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=tandem_dot_worker_dot_v1_dot_decode__pb2.FollowRequest.FromString,
+                    response_serializer=tandem_dot_worker_dot_v1_dot_decode__pb2.FollowResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -97,6 +119,33 @@ class DecodeService:
             '/tandem.worker.v1.DecodeService/Decode',
             tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             tandem_dot_worker_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.worker.v1.DecodeService/Follow',
+            tandem_dot_worker_dot_v1_dot_decode__pb2.FollowRequest.SerializeToString,
+            tandem_dot_worker_dot_v1_dot_decode__pb2.FollowResponse.FromString,
             options,
             channel_credentials,
             insecure,
