@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 
 from kvtransfer.frames import Frame
-from kvtransfer.intake import InterruptedPullError
+from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import KvTicket
 from kvtransfer.wire import frame_from_proto
 from tandem.channels import call_metadata

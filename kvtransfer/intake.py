@@ -1,7 +1,6 @@
 """Where pulled blocks arrive, and the threads that copy and verify them."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -9,79 +8,27 @@ from dataclasses import dataclass
 
 from kvtransfer.blocks import Blocks
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
 from kvtransfer.ticket import KvTicket
-from tandem.errors import Reason, TandemError
 
-MAX_REFETCHES = 2
-MAX_RESUMES = 1
 Arrival = Callable[[int, int], Sequence[int]]
 """Puts the ticket's blocks from the first index up to the second in place, on a thread, and returns the checksums of what then lies
 there."""
 
 
-class DamagedBlockError(Exception):
-    """A block's bytes do not have the checksum that was announced."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"block {index} of the ticket is damaged")
-        self.index = index
-
-
-class InterruptedPullError(Exception):
-    """The producer stopped sending before the end; what is verified by then is good."""
-
-
-class StalledPullError(InterruptedPullError):
-    """The producer is connected but silent: frozen, or cut off without a word. Asking it again would only double the wait."""
-
-
 class Destination:
-    """The blocks of the own pool that one ticket is pulled into, and which of them hold verified content."""
+    """The blocks of the own pool that one ticket is pulled into; `state` knows which of them hold verified content."""
 
-    def __init__(self, block_ids: Sequence[int]) -> None:
+    def __init__(self, block_ids: Sequence[int], state: PullState) -> None:
         self.block_ids = block_ids
-        self.first_frame_ns = 0
-        self.num_refetched = 0
-        self.num_resumed = 0
-        self._verified = bytearray(len(block_ids))
-        self._refetches: dict[int, int] = {}
-
-    @property
-    def num_verified(self) -> int:
-        """Blocks from the first on that are verified."""
-        index = self._verified.find(0)
-        return len(self.block_ids) if index < 0 else index
-
-    def begin_attempt(self) -> None:
-        """Blocks after the first unverified one will be written again, so what is known of them no longer counts."""
-        first = self.num_verified
-        self._verified[first:] = bytes(len(self.block_ids) - first)
-
-    def began(self) -> None:
-        self.first_frame_ns = self.first_frame_ns or time.monotonic_ns()
+        self.state = state
 
     def verify(self, first: int, found: Sequence[int], announced: Sequence[int]) -> None:
         """On any thread, given the checksums of blocks that are in place. Raises DamagedBlockError."""
         for index, (here, there) in enumerate(zip(found, announced, strict=True), first):
             if here != there:
                 raise DamagedBlockError(index)
-            self._verified[index] = 1
-
-    def count_damage(self, error: DamagedBlockError) -> None:
-        """Lets the block be fetched again, or raises KV_CHECKSUM_MISMATCH if that was done often enough."""
-        times = self._refetches.get(error.index, 0)
-        if times == MAX_REFETCHES:
-            message = f"block {error.index} of the ticket arrived damaged {times + 1} times"
-            raise TandemError(Reason.KV_CHECKSUM_MISMATCH, message, metadata={"block_index": str(error.index)}) from error
-        self._refetches[error.index] = times + 1
-        self.num_refetched += 1
-
-    def count_interruption(self, error: InterruptedPullError) -> None:
-        """Lets the pull be resumed, or raises TRANSFER_INTERRUPTED if that was done already, or is of no use."""
-        if self.num_resumed == MAX_RESUMES or isinstance(error, StalledPullError):
-            metadata = {"verified_blocks": str(self.num_verified), "resumed": str(self.num_resumed)}
-            raise TandemError(Reason.TRANSFER_INTERRUPTED, f"the transfer was cut: {error}", metadata=metadata) from error
-        self.num_resumed += 1
+            self.state.verified(index)
 
 
 class Sequencer:
@@ -178,7 +125,7 @@ class Pull:
 
     def sequencer(self) -> Sequencer:
         """For frames that begin with the first block that is not verified."""
-        return Sequencer(self.ticket.epoch, self.destination.num_verified, len(self.ticket.block_ids))
+        return Sequencer(self.ticket.epoch, self.destination.state.num_verified, len(self.ticket.block_ids))
 
 
 async def follow(frames: AsyncGenerator[Frame, None], pull: Pull, arrive: Arrival) -> int:
@@ -192,7 +139,7 @@ async def follow(frames: AsyncGenerator[Frame, None], pull: Pull, arrive: Arriva
             crew.check()
             match frame:
                 case BlocksFrame(_, first, checksums):
-                    pull.destination.began()
+                    pull.destination.state.filling()
                     num_known = sequencer.accept(frame)
                     crew.start(first + num_known, checksums[num_known:], arrive)
                 case EndFrame(epoch, first_token_id):

@@ -9,6 +9,7 @@ from functools import partial
 from kvtransfer.blocks import Blocks
 from kvtransfer.frames import MAX_BLOCKS_PER_FRAME, BlocksFrame, EndFrame, Frame, WaitFrame
 from kvtransfer.ledger import Entry, not_found
+from tandem.errors import TandemError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ class Outbox:
         self.entry = entry
         self.num_submitted = 0
         """Blocks whose checksums have been asked for; changed by the Checksummer."""
+        self.silenced: TandemError | None = None
+        """What the present readers end with, if their consumer has fallen silent."""
         self._checksums: list[int | None] = [None] * len(entry.block_ids)
         self._num_told = 0
         self._changed = asyncio.Event()
@@ -57,6 +60,8 @@ class Outbox:
         entry = self.entry
         if entry.error is not None:
             raise entry.error
+        if self.silenced is not None:
+            raise self.silenced
         if entry.state.final:
             raise not_found(entry.ticket_id, entry.epoch, entry.state.value)
         if index < self._num_told:

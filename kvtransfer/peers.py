@@ -1,24 +1,29 @@
 """What a consumer keeps open towards each producer."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc.aio
 import torch
 
 from kvtransfer.control import ControlClient
-from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer
+from kvtransfer.lifeline import Lifeline
+from kvtransfer.pull_state import StalledPullError
+from kvtransfer.ticket import HeartbeatPort, KvTicket, ShmOffer, TcpOffer
 from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
 from kvtransfer.transports.tcp import TcpClient
 from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
 from llm.kv.exported_memory import ExportedMemory
+from tandem.errors import TandemError
+
+Lifelines = Callable[[HeartbeatPort, str], Lifeline]
 
 
 class Peer:
     """One producer process: a gRPC channel, and its mapped pool and TCP connections once they are used."""
 
-    def __init__(self, producer_id: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, producer_id: str, channel: grpc.aio.Channel, lifelines: Lifelines) -> None:
         self.producer_id = producer_id
         self.control = ControlClient(channel)
         self.num_users = 0
@@ -30,6 +35,45 @@ class Peer:
         self.opening: asyncio.Task[ImportedMemory] | None = None
         """Opens its GPU memory; that is tried once."""
         self._tcp: TcpClient | None = None
+        self._lifelines = lifelines
+        self._lifeline: Lifeline | None = None
+
+    @asynccontextmanager
+    async def alive(self, ticket: KvTicket) -> AsyncIterator[None]:
+        """Keeps the ticket's lease while the context lasts.
+
+        Interrupts it with StalledPullError if the producer is lost, with TICKET_NOT_FOUND if the producer says that it is over.
+        """
+        if ticket.heartbeat is None:
+            yield
+            return
+        loop, endings = asyncio.get_running_loop(), list[StalledPullError | TandemError]()
+
+        def end(error: StalledPullError | TandemError) -> None:
+            if not endings and following:
+                endings.append(error)
+                limit.reschedule(loop.time())
+
+        def end_soon(error: StalledPullError | TandemError) -> None:
+            loop.call_soon_threadsafe(end, error)
+
+        following = True
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self._line(ticket.heartbeat).follow(ticket, end_soon):
+                    yield
+        except TimeoutError as error:
+            if endings:
+                raise endings[0] from error
+            raise
+        finally:
+            following = False
+
+    def _line(self, port: HeartbeatPort) -> Lifeline:
+        if self._lifeline is None or self._lifeline.gone or self._lifeline.port != port:
+            self._close_lifeline()
+            self._lifeline = self._lifelines(port, self.producer_id)
+        return self._lifeline
 
     def tcp(self, offer: TcpOffer) -> TcpClient:
         if self._tcp is None or self._tcp.offer != offer:
@@ -58,7 +102,12 @@ class Peer:
         if self.memory is not None:
             await asyncio.to_thread(self.memory.close)
         self._close_tcp()
+        self._close_lifeline()
         await self.control.close()
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.close()
 
     def _close_tcp(self) -> None:
         if self._tcp is not None:
@@ -72,8 +121,9 @@ class Peers:
     to have ended: otherwise a dead producer's pool would stay in memory for as long as it is mapped.
     """
 
-    def __init__(self, channels: Callable[[str], grpc.aio.Channel]) -> None:
+    def __init__(self, channels: Callable[[str], grpc.aio.Channel], lifelines: Lifelines) -> None:
         self._channels = channels
+        self._lifelines = lifelines
         self._peers: dict[str, Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -126,7 +176,7 @@ class Peers:
         peer = self._peers.get(ticket.address)
         if peer is None or peer.producer_id != ticket.producer_id:
             self._drop_gone(ticket.address)
-            peer = self._peers[ticket.address] = Peer(ticket.producer_id, self._channels(ticket.address))
+            peer = self._peers[ticket.address] = Peer(ticket.producer_id, self._channels(ticket.address), self._lifelines)
         return peer
 
     def _drop_gone(self, address: str) -> None:

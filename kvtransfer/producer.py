@@ -9,16 +9,24 @@ from dataclasses import dataclass
 
 from kvtransfer.blocks import blocks_of
 from kvtransfer.choice import usable
+from kvtransfer.counters import ProducerCounters
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.ledger import TicketLedger
+from kvtransfer.heart_server import HeartServer
+from kvtransfer.ledger import TicketLedger, not_found
 from kvtransfer.outbox import Checksummer, Outbox
+from kvtransfer.pulse import Pulse
 from kvtransfer.staging import stage_of
-from kvtransfer.ticket import TRANSPORTS, CudaIpcOffer, KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
+from kvtransfer.states import State
+from kvtransfer.ticket import TRANSPORTS, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
 from kvtransfer.transports.tcp_server import TcpServer
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
 
 logger = logging.getLogger(__name__)
+
+SILENT_S = 1.5
+"""A consumer that has beaten and falls silent for so long is lost: its streams end. Its lease runs on, for another may pull."""
+WATCH_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class ProducerIdentity:
 class KvProducer:
     """Lives on the event loop: every method is called there, and so is `free(block_ids)`, once per ticket.
 
-    `transports` is what it offers, best first; `kv_host` the interface that the tcp transport listens on.
+    `transports` is what it offers, best first; `kv_host` the interface that the tcp transport and the heartbeat listen on.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class KvProducer:
         transports: Sequence[str] = TRANSPORTS,
         kv_host: str = "127.0.0.1",
         kv_advertised_host: str | None = None,
+        heart: Callable[[Pulse, str, str], HeartServer] = HeartServer,
     ) -> None:
         self.identity = identity
         self.transports = usable(check_names(transports), pool)
@@ -61,14 +70,20 @@ class KvProducer:
         self._checksummer = Checksummer(blocks, self._fail)
         self._stage = stage_of(blocks)
         self._tcp = TcpServer(self._stage, pool.layout.block_bytes, self, kv_host) if "tcp" in transports else None
+        self._heart = heart(self._ledger.pulse, identity.producer_id, kv_host)
+        self._heartbeat: HeartbeatPort | None = None
         self._advertised_host = kv_advertised_host or kv_host
         self._offers: tuple[TransportOffer, ...] = ()
         self._expiry: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._num_readers = 0
+        self._num_silenced = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def start(self) -> None:
         """Listens for consumers; before the first grant."""
+        self._heartbeat = HeartbeatPort(self._advertised_host, await asyncio.to_thread(self._heart.start))
         tcp_port = await self._tcp.start() if self._tcp is not None else 0
         self._offers = tuple(self._offer(name, tcp_port) for name in self.transports)
 
@@ -77,10 +92,17 @@ class KvProducer:
         """Tickets whose blocks have not been freed."""
         return self._ledger.num_outstanding
 
-    @property
-    def num_refused_connections(self) -> int:
-        """Connections of the tcp transport that sent something other than a request, and were closed for it."""
-        return 0 if self._tcp is None else self._tcp.num_refused
+    def counters(self) -> ProducerCounters:
+        ledger, ended = self._ledger, self._ledger.num_ended
+        return ProducerCounters(
+            granted=ledger.num_granted,
+            released=ended[State.RELEASED],
+            expired=ended[State.EXPIRED],
+            aborted=ended[State.ABORTED],
+            stale=ledger.num_stale,
+            silenced=self._num_silenced,
+            refused_connections=self._heart.num_refused + (0 if self._tcp is None else self._tcp.num_refused),
+        )
 
     def grant(self, epoch: int, num_tokens: int, block_ids: Sequence[int]) -> KvTicket:
         """A ticket for blocks that will hold `num_tokens` tokens; takes over one reference to each block."""
@@ -98,6 +120,7 @@ class KvProducer:
             lease_ms=round(self._lease_s * 1000),
             offers=self._offers,
             address=identity.address,
+            heartbeat=self._heartbeat,
         )
         self._outboxes[ticket.ticket_id] = Outbox(self._ledger.grant(ticket.ticket_id, epoch, block_ids))
         self._idle.clear()
@@ -126,44 +149,49 @@ class KvProducer:
         self._ledger.release(ticket_id, epoch)
         self._changed(ticket_id)
 
-    def block_ids(self, ticket_id: str) -> tuple[int, ...]:
-        """An outstanding ticket's blocks."""
+    def block_ids(self, ticket_id: str, epoch: int) -> tuple[int, ...]:
+        """A ticket's blocks; its own only until it is over, as `check` tells. Raises TICKET_NOT_FOUND."""
+        self.check(ticket_id, epoch)
         return self._outboxes[ticket_id].entry.block_ids
 
     def is_outstanding(self, ticket_id: str) -> bool:
         """Whether the ticket's blocks have not been freed."""
         return self._ledger.get(ticket_id) is not None
 
-    def renew(self, ticket_id: str) -> None:
-        """The ticket's consumer is at work: the lease begins anew."""
-        entry = self._ledger.get(ticket_id)
-        if entry is not None:
-            self._ledger.renew(entry)
+    def check(self, ticket_id: str, epoch: int) -> None:
+        """Whoever sends blocks asks before each piece, and without giving way between the answer and the sending.
+
+        Raises TICKET_NOT_FOUND if the ticket is over: its blocks may be another's by now.
+        """
+        if self._ledger.get(ticket_id) is None:
+            raise not_found(ticket_id, epoch, "over")
 
     async def frames(
         self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
     ) -> AsyncGenerator[Frame, None]:
         """Runs of ready blocks from `first_block_index` on, as they become ready, then the end.
 
-        With `heartbeat_s`, a WaitFrame after each such span without news. The caller closes the generator; while it is open, no
-        block is freed. Raises TICKET_NOT_FOUND, INVALID_REQUEST for an index beyond the ticket, or the error given to `abort`.
+        With `heartbeat_s`, a WaitFrame after each such span without news. The caller closes the generator; its being open keeps no
+        lease alive. Raises TICKET_NOT_FOUND, INVALID_REQUEST for an index beyond the ticket, TRANSFER_INTERRUPTED for a consumer
+        that has fallen silent, or the error given to `abort`.
         """
         entry = self._ledger.open(ticket_id, epoch)
+        outbox, index = self._outboxes[ticket_id], first_block_index
+        outbox.silenced = None
+        self._count_reader(1)
         try:
-            outbox, index = self._outboxes[ticket_id], first_block_index
             if not 0 <= index <= len(entry.block_ids):
                 raise TandemError(Reason.INVALID_REQUEST, f"the ticket has {len(entry.block_ids)} blocks, not {index}")
             while True:
                 frame = await outbox.next_frame(index, heartbeat_s)
                 yield frame
-                self._ledger.renew(entry)
                 if isinstance(frame, EndFrame):
                     self._ledger.pulled(entry)
                     return
                 index += len(frame.checksums) if isinstance(frame, BlocksFrame) else 0
         finally:
             self._ledger.close(entry)
-            self._changed(ticket_id)
+            self._count_reader(-1)
 
     def expire_leases(self) -> None:
         """Ends the tickets whose lease is over. A timer calls this when the next is due."""
@@ -182,8 +210,10 @@ class KvProducer:
             self.abort(ticket_id, TandemError(Reason.DRAINING, "the prefill worker is shutting down"))
         if self._tcp is not None:
             await self._tcp.close()
-        await self._idle.wait()
         self._unwatch_leases()
+        if self._watch is not None:
+            self._watch.cancel()
+        await asyncio.to_thread(self._heart.close)
         await self._checksummer.close()
         await self._stage.close()
 
@@ -216,6 +246,24 @@ class KvProducer:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
+
+    def _count_reader(self, change: int) -> None:
+        self._num_readers += change
+        if self._num_readers and self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._watch_readers)
+
+    def _watch_readers(self) -> None:
+        """Ends the streams of consumers that are lost: such a stream may stand for ever, since a frozen peer's kernel answers."""
+        self._watch = None
+        for entry in self._ledger.silent(SILENT_S):
+            outbox = self._outboxes[entry.ticket_id]
+            if outbox.silenced is not None:
+                continue
+            logger.warning("%s: its consumer has fallen silent", entry)
+            self._num_silenced += 1
+            outbox.silenced = TandemError(Reason.TRANSFER_INTERRUPTED, "the consumer has fallen silent")
+            outbox.notify()
+        self._count_reader(0)
 
     def _fail(self, outbox: Outbox, error: BaseException) -> None:
         logger.error("%s: no checksum", outbox.entry, exc_info=error)

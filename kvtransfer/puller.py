@@ -11,10 +11,14 @@ import grpc.aio
 from kvtransfer.blocks import blocks_of
 from kvtransfer.choice import Chooser, TransportChoice, offer_of
 from kvtransfer.control import RESUME_TIMEOUT_S
+from kvtransfer.counters import PullCounters, PullTally
 from kvtransfer.host_blocks import HostBlocks
-from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError, Pull
-from kvtransfer.peers import Peer, Peers
+from kvtransfer.intake import Crew, Destination, Pull
+from kvtransfer.lifeline import Lifeline
+from kvtransfer.peers import Lifelines, Peer, Peers
+from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PulledTickets, PullState
 from kvtransfer.staging import stage_of
+from kvtransfer.states import State
 from kvtransfer.ticket import TRANSPORTS, KvTicket, TcpOffer, check_names
 from kvtransfer.transports import cuda_ipc, shm
 from llm.kv.layout import KvLayout
@@ -51,13 +55,18 @@ class KvPuller:
         *,
         channels: Callable[[str], grpc.aio.Channel],
         transports: Sequence[str] = TRANSPORTS,
+        lifelines: Lifelines = Lifeline,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout = layout
         self._model_digest = model_digest
         self._tokenizer_digest = tokenizer_digest
         self._blocks = blocks_of(pool)
         self._stage = stage_of(self._blocks)
-        self._peers = Peers(channels)
+        self._peers = Peers(channels, lifelines)
+        self._clock = clock
+        self._tally = PullTally()
+        self._pulled = PulledTickets(clock)
         self._chooser = Chooser(check_names(transports), pool, self._peers)
         self._threads = ThreadPoolExecutor(THREADS, "kv-pull")
         self._threads.submit(self._blocks.warm_up)
@@ -91,25 +100,27 @@ class KvPuller:
         """
         self.check(ticket)
         assert len(block_ids) == len(ticket.block_ids), "one block for each of the ticket's"
-        destination = Destination(block_ids)
-        with self._peers.using(ticket) as peer:
-            while True:
-                choice = await self._choose(ticket, peer)
-                try:
-                    first_token_id = await self._attempt(choice, ticket, peer, destination)
-                except DamagedBlockError as error:
-                    _log(ticket, f"{error}; asking again")
-                    destination.count_damage(error)
-                except InterruptedPullError as error:
-                    peer.lost = True
-                    _log(ticket, f"cut: {error}")
-                    destination.count_interruption(error)
-                else:
-                    peer.lost = False
-                    return self._result(choice, first_token_id, destination)
+        state = PullState(ticket.ticket_id, ticket.epoch, len(block_ids), self._clock)
+        try:
+            with self._peers.using(ticket) as peer:
+                choice, first_token_id = await self._pull(ticket, peer, Destination(block_ids, state))
+        except TandemError as error:
+            if error.reason is Reason.TICKET_NOT_FOUND:
+                state.expire()
+            raise
+        finally:
+            if state.state is not State.PULLED:
+                state.abort()
+        self._pulled.keep(state, ticket.lease_ms / 1000)
+        return self._result(choice, first_token_id, state)
+
+    def counters(self) -> tuple[PullCounters, ...]:
+        """What was pulled since the start, by producer and transport."""
+        return self._tally.rows()
 
     async def release(self, ticket: KvTicket) -> None:
         """Ends the lease. Idempotent. Raises the producer's error, or WORKER_LOST or DEADLINE_EXCEEDED."""
+        self._pulled.release(ticket.ticket_id)
         with self._peers.using(ticket) as peer:
             await peer.control.release(ticket)
 
@@ -126,30 +137,57 @@ class KvPuller:
             logger.info("KV from producer %s comes by %s", ticket.producer_id[:8], choice)
         return choice
 
+    async def _pull(self, ticket: KvTicket, peer: Peer, destination: Destination) -> tuple[TransportChoice, int]:
+        """Attempts until one succeeds or the state allows no more; each is counted."""
+        state = destination.state
+        while True:
+            choice = await self._choose(ticket, peer)
+            with self._tally.ending(ticket.producer_id, choice.transport) as count:
+                try:
+                    async with peer.alive(ticket):
+                        first_token_id = await self._attempt(choice, ticket, peer, destination)
+                except DamagedBlockError as error:
+                    count(checksum_failures=1)
+                    _log(ticket, f"{error}; asking again")
+                    state.damaged(error)
+                    count(refetched=1)
+                except InterruptedPullError as error:
+                    peer.lost = True
+                    _log(ticket, f"cut: {error}")
+                    state.interrupted(error)
+                    count(resumed=1)
+                else:
+                    peer.lost = False
+                    count(pulled=1, pulled_blocks=state.num_verified)
+                    return choice, first_token_id
+
     async def _attempt(self, choice: TransportChoice, ticket: KvTicket, peer: Peer, destination: Destination) -> int:
-        destination.begin_attempt()
+        state = destination.state
+        state.begin_attempt()
         async with Crew(destination, self._threads, self._blocks) as crew:
             first_token_id = await self._fetch(choice.transport, peer, Pull(ticket, destination, crew))
+            state.ready()
             await crew.join()
+            state.pulled()
             return first_token_id
 
     async def _fetch(self, transport: str, peer: Peer, pull: Pull) -> int:
-        ticket, destination = pull.ticket, pull.destination
+        ticket, state = pull.ticket, pull.destination.state
         if transport == "tcp":
             offer = offer_of(ticket, TcpOffer)
             assert offer is not None, "tcp is chosen only if offered"
             return await peer.tcp(offer).fetch(self._stage, pull)
-        frames = peer.control.frames(ticket, destination.num_verified, RESUME_TIMEOUT_S if destination.num_resumed else None)
+        frames = peer.control.frames(ticket, state.num_verified, RESUME_TIMEOUT_S if state.num_resumed else None)
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"
             return await shm.fetch(frames, peer.mapping, self._blocks, pull)
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
         return await cuda_ipc.fetch(frames, peer.memory, self._blocks, pull)
 
-    def _result(self, choice: TransportChoice, first_token_id: int, destination: Destination) -> PullResult:
-        num_bytes = len(destination.block_ids) * self._layout.block_bytes
-        pull_us = (time.monotonic_ns() - destination.first_frame_ns) // 1000
-        return PullResult(first_token_id, choice.transport, num_bytes, pull_us, destination.num_refetched, destination.num_resumed)
+    def _result(self, choice: TransportChoice, first_token_id: int, state: PullState) -> PullResult:
+        num_bytes = state.num_verified * self._layout.block_bytes
+        pull_us = round((state.ended_at - state.began_at) * 1e6)
+        return PullResult(first_token_id, choice.transport, num_bytes, pull_us, state.num_refetched, state.num_resumed)
 
 
 def _log(ticket: KvTicket, what: str) -> None:

@@ -39,6 +39,14 @@ class CudaIpcOffer:
     memory: ExportedMemory
 
 
+@dataclass(frozen=True)
+class HeartbeatPort:
+    """Where the producer answers heartbeats. They alone keep a lease alive."""
+
+    host: str
+    port: int
+
+
 TransportOffer = CudaIpcOffer | ShmOffer | TcpOffer
 
 
@@ -61,6 +69,8 @@ class KvTicket:
     lease_ms: int
     offers: tuple[TransportOffer, ...]
     address: str
+    heartbeat: HeartbeatPort | None = None
+    """None: the lease is not renewed."""
     checksum_algorithm: ChecksumAlgorithm = "xxh3_64"
 
 

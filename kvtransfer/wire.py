@@ -1,8 +1,8 @@
 """Tickets, layouts and frames as protobuf messages, and back."""
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.ticket import CudaIpcOffer, KvTicket, ShmOffer, TcpOffer, TransportOffer
-from kvtransfer.transports.tcp_frames import MAX_TEXT_BYTES
+from kvtransfer.packets import MAX_TEXT_BYTES
+from kvtransfer.ticket import CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvDtype, KvLayout
 from tandem.errors import Reason, TandemError, invalid_field
@@ -45,6 +45,7 @@ def layout_from_proto(message: kv_pb2.KvLayout) -> KvLayout:
 
 
 def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
+    heartbeat = ticket.heartbeat
     return kv_pb2.KvTicket(
         ticket_id=ticket.ticket_id,
         epoch=ticket.epoch,
@@ -58,6 +59,7 @@ def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
         checksum_algorithm=kv_pb2.CHECKSUM_ALGORITHM_XXH3_64,
         offers=[_offer_to_proto(offer) for offer in ticket.offers],
         address=ticket.address,
+        heartbeat=None if heartbeat is None else kv_pb2.HeartbeatPort(host=heartbeat.host, port=heartbeat.port),
     )
 
 
@@ -83,6 +85,7 @@ def ticket_from_proto(message: kv_pb2.KvTicket) -> KvTicket:
         lease_ms=message.lease_ms,
         offers=tuple(offer for offer in offers if offer is not None),
         address=message.address,
+        heartbeat=HeartbeatPort(message.heartbeat.host, message.heartbeat.port) if message.HasField("heartbeat") else None,
     )
 
 

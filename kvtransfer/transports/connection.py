@@ -48,13 +48,12 @@ class Connection:
         """Sends a message; the blocks that belong to it follow."""
         await self.send_blocks([memoryview(encode(message))], lambda: None)
 
-    async def send_blocks(self, blocks: Sequence[memoryview], moved: Callable[[], None]) -> None:
-        """Sends bytes as they are; calls `moved` whenever the peer has taken some."""
+    async def send_blocks(self, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
+        """Sends bytes as they are. `check` is called before each piece, right before it goes; its error ends the sending."""
         for part in blocks:
             sent = 0
             while sent < len(part):
-                sent += await self._send_some(part[sent : sent + _PIECE_BYTES])
-                moved()
+                sent += await self._send_some(part[sent : sent + _PIECE_BYTES], check)
 
     async def receive(self, wait_s: float | None = None) -> Message:
         """The next message, which the peer may take `wait_s` to begin, then `stall_s` in all to end. FrameError if it is none."""
@@ -108,9 +107,10 @@ class Connection:
         if not more:
             gone()
 
-    async def _send_some(self, part: memoryview) -> int:
+    async def _send_some(self, part: memoryview, check: Callable[[], None]) -> int:
         await self._take_turns(len(part))
         while True:
+            check()
             try:
                 return self._socket.send(part)
             except BlockingIOError:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from kvtransfer.frames import BlocksFrame
-from kvtransfer.intake import InterruptedPullError, Pull, Sequencer, StalledPullError
+from kvtransfer.intake import Pull, Sequencer
+from kvtransfer.pull_state import InterruptedPullError, StalledPullError
 from kvtransfer.staging import Stage
 from kvtransfer.ticket import KvTicket, TcpOffer
 from kvtransfer.transports.connection import Connection
@@ -32,7 +33,7 @@ class TcpClient:
         connection = await self._connect()
         reusable = False
         try:
-            await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, pull.destination.num_verified))
+            await connection.send(PullMessage(ticket.ticket_id, ticket.epoch, pull.destination.state.num_verified))
             first_token_id = await _receive(connection, stage, pull)
             reusable = True
         except TimeoutError as error:
@@ -79,7 +80,7 @@ async def _receive(connection: Connection, stage: Stage, pull: Pull) -> int:
         _check_ticket(message, pull.ticket)
         match message:
             case BlocksMessage():
-                pull.destination.began()
+                pull.destination.state.filling()
                 await _receive_blocks(connection, stage, pull, message, sequencer)
             case EndMessage():
                 sequencer.end(message.epoch)

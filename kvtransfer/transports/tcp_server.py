@@ -39,9 +39,9 @@ class Source(Protocol):
         self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
     ) -> AsyncGenerator[Frame, None]: ...
 
-    def block_ids(self, ticket_id: str) -> tuple[int, ...]: ...
+    def block_ids(self, ticket_id: str, epoch: int) -> tuple[int, ...]: ...
 
-    def renew(self, ticket_id: str) -> None: ...
+    def check(self, ticket_id: str, epoch: int) -> None: ...
 
 
 class TcpServer:
@@ -143,12 +143,16 @@ class TcpServer:
                         await connection.send(WaitMessage(ticket_id, epoch))
 
     async def _send_blocks(self, connection: Connection, ticket_id: str, frame: BlocksFrame) -> None:
-        first, last = frame.first_block_index, frame.first_block_index + len(frame.checksums)
-        block_ids = self._source.block_ids(ticket_id)[first:last]
-        await connection.send(BlocksMessage(ticket_id, frame.epoch, first, self._block_bytes, frame.checksums))
-        async with aclosing(self._stage.lend(block_ids)) as runs:
-            async for run in runs:
-                await connection.send_blocks(run, lambda: self._source.renew(ticket_id))
+        epoch, first, last = frame.epoch, frame.first_block_index, frame.first_block_index + len(frame.checksums)
+        block_ids = self._source.block_ids(ticket_id, epoch)[first:last]
+        await connection.send(BlocksMessage(ticket_id, epoch, first, self._block_bytes, frame.checksums))
+        try:
+            async with aclosing(self._stage.lend(block_ids)) as runs:
+                async for run in runs:
+                    await connection.send_blocks(run, lambda: self._source.check(ticket_id, epoch))
+        except TandemError as error:
+            # Half of a block may be on its way; only the connection's end can tell the consumer.
+            raise ConnectionAbortedError(error.message) from error
 
 
 def _error_message(request: PullMessage, error: TandemError) -> ErrorMessage:

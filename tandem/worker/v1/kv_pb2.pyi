@@ -26,7 +26,7 @@ CHECKSUM_ALGORITHM_UNSPECIFIED: ChecksumAlgorithm
 CHECKSUM_ALGORITHM_XXH3_64: ChecksumAlgorithm
 
 class KvTicket(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address")
+    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address", "heartbeat")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class KvTicket(_message.Message):
     CHECKSUM_ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     epoch: int
     producer_id: str
@@ -51,7 +52,16 @@ class KvTicket(_message.Message):
     checksum_algorithm: ChecksumAlgorithm
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     address: str
-    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ...) -> None: ...
+    heartbeat: HeartbeatPort
+    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ..., heartbeat: _Optional[_Union[HeartbeatPort, _Mapping]] = ...) -> None: ...
+
+class HeartbeatPort(_message.Message):
+    __slots__ = ("host", "port")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_tokens", "dtype", "tensor_parallel_size", "tensor_parallel_rank")

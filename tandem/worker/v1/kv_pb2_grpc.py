@@ -54,8 +54,9 @@ class KvTransferServiceServicer:
     def Pull(self, request, context):
         """Pull streams what becomes ready under a ticket: blocks, in order and without gap, then the end.
 
-        With shm and cuda_ipc the frames say which blocks may be read from the mapped pool. Each frame sent renews the lease. May be
-        repeated, from any block, until the ticket is released. No side effect beyond the lease.
+        With shm and cuda_ipc the frames say which blocks may be read from the mapped pool. The call renews the lease once, heartbeats
+        renew it after that. May be repeated, from any block, until the ticket is released. No side effect beyond the lease.
+        TRANSFER_INTERRUPTED: the caller sent heartbeats and has fallen silent.
 
         NOT_FOUND: the ticket is unknown, expired, aborted or of another epoch; prefill again.
         ABORTED is never sent: a prefill that fails ends the stream with the prefill's own status.

@@ -10,6 +10,7 @@ import grpc.aio
 import psutil
 import torch
 
+from kvtransfer.lifeline import Lifeline
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import KvTransferServicer
@@ -76,6 +77,15 @@ class Transfer:
         async with asyncio.timeout(30):
             while not condition():  # noqa: ASYNC110 - whatever changes it knows no event
                 await asyncio.sleep(0.0005)
+
+    def heard(self, ticket: KvTicket) -> bool:
+        """Whether the ticket's consumer has sent a heartbeat since it opened its stream."""
+        return self.producer._ledger.pulse.heard_at(ticket.ticket_id) is not None
+
+    def lifeline_of(self, ticket: KvTicket) -> Lifeline:
+        with self.puller._peers.using(ticket) as peer:
+            assert ticket.heartbeat is not None
+            return peer._line(ticket.heartbeat)
 
     def num_readers(self, ticket: KvTicket) -> int:
         entry = self.producer._ledger.get(ticket.ticket_id)

@@ -9,8 +9,10 @@ import grpc
 import pytest
 
 from kvtransfer import host_blocks
+from kvtransfer import producer as producer_module
 from kvtransfer.control import ControlClient
-from kvtransfer.intake import InterruptedPullError
+from kvtransfer.counters import ProducerCounters, PullCounters
+from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import KvTicket
 from tandem.channels import open_internal_channel
 from tandem.errors import Reason, TandemError, from_rpc_error
@@ -350,3 +352,70 @@ async def test_a_living_producer_answers_long_before_the_first_frame() -> None:
         await first
         await frames.aclose()
         await client.close()
+
+
+@both_transports
+async def test_a_producer_whose_heart_stops_ends_its_pulls_at_once(transport: str) -> None:
+    """Its connections stand and say nothing wrong, as those of a frozen process do."""
+    async with transfer(transport) as at:
+        ticket = at.grant()
+        at.producer.progress(ticket.ticket_id, 3)
+        pulling = asyncio.create_task(at.puller.pull(ticket, MINE))
+        await at.until(lambda: at.heard(ticket))
+        await asyncio.to_thread(at.producer._heart.close)
+        with pytest.raises(TandemError) as caught:
+            await pulling
+        assert reason_of(caught) is Reason.TRANSFER_INTERRUPTED and "is lost" in caught.value.message
+        assert [row.interrupted for row in at.puller.counters()] == [1]
+        await at.until(lambda: at.num_readers(ticket) == 0)
+
+
+@both_transports
+async def test_a_consumer_whose_heart_stops_loses_its_streams_and_then_its_lease(transport: str) -> None:
+    async with transfer(transport) as at:
+        ticket = at.grant()
+        at.producer.progress(ticket.ticket_id, 3)
+        pulling = asyncio.create_task(at.puller.pull(ticket, MINE))
+        await at.until(lambda: at.heard(ticket) and at.num_readers(ticket) == 1)
+        (peer,) = at.puller._peers._peers.values()
+        lifeline = peer._lifeline
+        assert lifeline is not None
+        lifeline.close()
+        await asyncio.to_thread(lifeline._thread.join)
+        at.clock.now += producer_module.SILENT_S + 0.1
+        with pytest.raises(TandemError) as caught:
+            await pulling
+        assert reason_of(caught) is Reason.TRANSFER_INTERRUPTED
+        assert at.num_readers(ticket) == 0 and at.producer.counters().silenced == 1 and at.freed == []
+        at.producer.finish(ticket.ticket_id, FIRST_TOKEN)
+        at.wait(LEASE_S)
+        assert at.freed == [ticket.block_ids] and at.producer.counters().expired == 1
+
+
+@both_transports
+async def test_a_consumer_that_beats_keeps_its_lease_however_long_the_pull_takes(transport: str) -> None:
+    async with transfer(transport) as at:
+        ticket = at.complete()
+        with at.lifeline_of(ticket).follow(ticket, lambda error: None):
+            for _ in range(5):
+                at.clock.now += LEASE_S - 0.1
+                await at.until(lambda: at.producer._ledger.pulse.heard_at(ticket.ticket_id) == at.clock.now)
+                at.wait(0)
+        assert at.freed == []
+        at.wait(LEASE_S)
+        assert at.freed == [ticket.block_ids]
+
+
+@both_transports
+async def test_what_happened_is_counted(transport: str) -> None:
+    async with transfer(transport) as at:
+        tickets = [at.complete() for _ in range(3)]
+        for ticket in tickets[:2]:
+            await at.puller.pull(ticket, MINE)
+        at.producer.release(tickets[0].ticket_id, 1)
+        at.producer.abort(tickets[1].ticket_id, TandemError(Reason.CANCELLED, "gone"))
+        at.wait(LEASE_S)
+        with pytest.raises(TandemError):
+            await at.puller.pull(tickets[2], MINE)
+        assert at.producer.counters() == ProducerCounters(3, 1, 1, 1, stale=1, silenced=0, refused_connections=0)
+        assert at.puller.counters() == (PullCounters("p" * 32, transport, pulled=2, pulled_blocks=16, stale=1),)

@@ -238,7 +238,7 @@ async def test_junk_is_cut_off_and_counted_and_serving_goes_on() -> None:
         port = port_of(ticket)
         for data in junk():
             assert await send_junk(port, data) == b""
-        assert at.producer.num_refused_connections > 100
+        assert at.producer.counters().refused_connections > 100
         await at.puller.pull(ticket, MINE)
         assert at.arrived(ticket, MINE)
 

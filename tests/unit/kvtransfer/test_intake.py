@@ -9,8 +9,8 @@ import pytest
 
 from kvtransfer.checksum import block_checksum
 from kvtransfer.frames import BlocksFrame
-from kvtransfer.intake import Crew, DamagedBlockError, Destination, InterruptedPullError, Sequencer
-from tandem.errors import Reason, TandemError
+from kvtransfer.intake import Crew, Destination, Sequencer
+from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
 
 SOURCES = [memoryview(bytes([index]) * 64) for index in range(4)]
 CHECKSUMS = [block_checksum(source) for source in SOURCES]
@@ -44,7 +44,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def destination() -> Destination:
-    return Destination(range(len(SOURCES)))
+    return Destination(range(len(SOURCES)), PullState("t", 1, len(SOURCES), lambda: 1.0))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ async def test_blocks_are_copied_and_verified(destination: Destination, threads:
         crew.start(0, CHECKSUMS[:3], blocks.fetch)
         crew.start(3, CHECKSUMS[3:], blocks.fetch)
         await crew.join()
-    assert destination.num_verified == 4
+    assert destination.state.num_verified == 4
     assert [bytes(content) for content in blocks.content] == [bytes(source) for source in SOURCES]
 
 
@@ -94,32 +94,15 @@ async def test_a_damaged_block_is_named_and_not_counted(
         async with Crew(destination, threads, blocks) as crew:
             crew.start(0, [*CHECKSUMS[:2], 1, CHECKSUMS[3]], blocks.fetch)
             await crew.join()
-    assert (caught.value.index, destination.num_verified) == (2, 2)
+    assert (caught.value.index, destination.state.num_verified) == (2, 2)
 
 
 def test_what_came_after_a_damaged_block_is_fetched_and_verified_again(destination: Destination) -> None:
     for index in (0, 2):
         destination.verify(index, CHECKSUMS[index : index + 1], CHECKSUMS[index : index + 1])
-    destination.begin_attempt()
+    destination.state.begin_attempt()
     destination.verify(1, CHECKSUMS[1:2], CHECKSUMS[1:2])
-    assert destination.num_verified == 2
-
-
-def test_a_block_is_given_up_after_two_refetches(destination: Destination) -> None:
-    for _ in range(2):
-        destination.count_damage(DamagedBlockError(1))
-        destination.count_damage(DamagedBlockError(2))
-    assert destination.num_refetched == 4
-    with pytest.raises(TandemError) as caught:
-        destination.count_damage(DamagedBlockError(1))
-    assert caught.value.reason is Reason.KV_CHECKSUM_MISMATCH
-
-
-def test_a_pull_is_resumed_once(destination: Destination) -> None:
-    destination.count_interruption(InterruptedPullError("cut"))
-    with pytest.raises(TandemError) as caught:
-        destination.count_interruption(InterruptedPullError("cut"))
-    assert caught.value.reason is Reason.TRANSFER_INTERRUPTED
+    assert destination.state.num_verified == 2
 
 
 async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.ticket import KvTicket, ShmOffer, TcpOffer, check_names
+from kvtransfer.ticket import HeartbeatPort, KvTicket, ShmOffer, TcpOffer, check_names
 from kvtransfer.wire import frame_from_proto, frame_to_proto, ticket_from_proto, ticket_to_proto
 from llm.kv.layout import KvLayout
 from tandem.errors import Reason, TandemError
@@ -23,6 +23,7 @@ TICKET = KvTicket(
     lease_ms=5000,
     offers=(ShmOffer(12, 3, 2**63, "boot", 2**40), TcpOffer("host", 65535)),
     address="host:1",
+    heartbeat=HeartbeatPort("host", 65535),
 )
 
 
@@ -41,6 +42,8 @@ def test_frames(frame: Frame) -> None:
 def test_what_a_later_version_adds_is_skipped() -> None:
     message = ticket_to_proto(TICKET)
     message.offers.add()
+    message.ClearField("heartbeat")
+    assert ticket_from_proto(message).heartbeat is None
     assert ticket_from_proto(message).offers == TICKET.offers
     assert frame_from_proto(kv_pb2.PullResponse()) is None
 

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvtransfer.ledger import Entry, State, TicketLedger
+from kvtransfer.ledger import Entry, TicketLedger
+from kvtransfer.states import State
 from tandem.errors import Reason, TandemError
 
 LEASE_S = 5.0
@@ -75,9 +76,10 @@ def test_while_filling_no_lease_runs(at: Fixture) -> None:
 def test_a_lease_ends_when_nobody_renews_it(at: Fixture) -> None:
     entry = at.ledger.grant("t", 1, [1, 2])
     at.ledger.finish("t", 7)
-    at.clock.now += LEASE_S - 0.01
-    assert at.ledger.expire() == []
-    at.ledger.renew(entry)
+    for _ in range(3):
+        at.clock.now += LEASE_S - 0.01
+        assert at.ledger.expire() == []
+        assert at.ledger.pulse.beat("t", 1)
     at.clock.now += LEASE_S - 0.01
     assert at.ledger.expire() == []
     at.clock.now += 0.01
@@ -87,10 +89,10 @@ def test_a_lease_ends_when_nobody_renews_it(at: Fixture) -> None:
 
 
 @pytest.mark.parametrize("end", ["release", "abort", "expire"])
-def test_blocks_are_kept_while_a_reader_reads(at: Fixture, end: str) -> None:
+def test_blocks_are_freed_at_once_whoever_reads(at: Fixture, end: str) -> None:
+    """Readers hold nothing: a block's generation, and `get` for the producer's own senders, tell them that it is over."""
     entry = at.ledger.grant("t", 1, [1, 2])
     at.ledger.finish("t", 7)
-    at.ledger.open("t", 1)
     at.ledger.open("t", 1)
     if end == "release":
         at.ledger.release("t", 1)
@@ -99,12 +101,46 @@ def test_blocks_are_kept_while_a_reader_reads(at: Fixture, end: str) -> None:
     else:
         at.clock.now += LEASE_S
         at.ledger.expire()
-    assert entry.state.final and at.freed == [] and at.ledger.num_outstanding == 1
-    assert refused(at)
-    at.ledger.close(entry)
-    assert at.freed == []
+    assert entry.state.final and at.freed == [(1, 2)] and at.ledger.get("t") is None
+    assert refused(at) and not at.ledger.pulse.beat("t", 1)
     at.ledger.close(entry)
     assert at.freed == [(1, 2)]
+
+
+def test_an_open_stream_keeps_no_lease_alive(at: Fixture) -> None:
+    at.ledger.grant("t", 1, [1])
+    at.ledger.finish("t", 7)
+    at.clock.now += 1
+    at.ledger.open("t", 1)
+    at.clock.now += LEASE_S
+    assert len(at.ledger.expire()) == 1
+
+
+def test_a_beat_of_another_epoch_renews_nothing(at: Fixture) -> None:
+    at.ledger.grant("t", 2, [1])
+    at.ledger.finish("t", 7)
+    at.clock.now += LEASE_S
+    assert not at.ledger.pulse.beat("t", 1)
+    assert len(at.ledger.expire()) == 1
+
+
+def test_readers_are_silent_once_their_beats_stop(at: Fixture) -> None:
+    entry = at.ledger.grant("t", 1, [1])
+    at.ledger.open("t", 1)
+    at.clock.now += 100
+    assert at.ledger.silent(1.5) == [], "whoever never beat is not silent"
+    at.ledger.pulse.beat("t", 1)
+    at.clock.now += 1.5
+    assert at.ledger.silent(1.5) == []
+    at.clock.now += 0.1
+    assert at.ledger.silent(1.5) == [entry]
+    at.ledger.open("t", 1)
+    assert at.ledger.silent(1.5) == [], "another reader has just come"
+    at.ledger.close(entry)
+    at.ledger.close(entry)
+    at.ledger.pulse.beat("t", 1)
+    at.clock.now += 2
+    assert at.ledger.silent(1.5) == [], "nobody reads"
 
 
 def test_everything_may_come_twice_or_late(at: Fixture) -> None:
@@ -138,7 +174,7 @@ def test_an_abort_leaves_its_error_for_the_readers(at: Fixture) -> None:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Any order of events: a block is freed once, never before its ticket is over or while it is read, and in the end always."""
+    """Any order of events: a block is freed once, when its ticket is over, and in the end always."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,10 +224,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.at.clock.now += seconds
         self.at.ledger.expire()
 
+    @rule(data=st.data(), stale=st.booleans())
+    def beat(self, data: st.DataObject, stale: bool) -> None:
+        if self.entries:
+            entry = data.draw(st.sampled_from(self.entries))
+            assert self.at.ledger.pulse.beat(entry.ticket_id, entry.epoch + stale) is not (stale or entry.state.final)
+
     @invariant()
-    def freed_exactly_when_over_and_unread(self) -> None:
-        reading = Counter(entry.ticket_id for entry in self.readers)
-        over = [entry for entry in self.entries if entry.state.final and not reading[entry.ticket_id]]
+    def freed_exactly_when_over(self) -> None:
+        over = [entry for entry in self.entries if entry.state.final]
         assert Counter(self.at.freed) == Counter(entry.block_ids for entry in over)
         assert self.at.ledger.num_outstanding == len(self.entries) - len(over)
 
