@@ -1,0 +1,69 @@
+"""The fake model on a fake device that does what it was told as late as it can: when somebody waits for it."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from llm.runner import SequenceSlice
+from llm.sampling import SampleRow, draws_on_device, sample
+from tests.fakes.runner import FakeRunner
+
+
+@dataclass
+class FakeDrawnStep:
+    """Stands for llm.gpu.step.DrawnStep."""
+
+    runner: "DeviceRunner"
+    slices: list[SequenceSlice]
+    sources: list[int]
+    rows: list[SampleRow]
+    drawn: list[int] | None = None
+
+    def token_ids(self) -> list[int]:
+        self.runner.run_until(self)
+        assert self.drawn is not None
+        return self.drawn
+
+
+class DeviceRunner(FakeRunner):
+    """Stands for llm.gpu.runner.GpuModelRunner. Steps run in order, each when it or a later one is waited for.
+
+    So a step writes to its blocks as late as a slow device would: if they have been given away by then, somebody's KV is damaged.
+    """
+
+    def __init__(self, *args: object, **named: object) -> None:
+        super().__init__(*args, **named)  # type: ignore[arg-type]
+        self._queue: deque[FakeDrawnStep] = deque()
+        self._drawn: list[int] = []
+        self.most_in_flight = 0
+
+    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+        if self._queue:
+            self.run_until(self._queue[-1])
+        return super().forward(slices)
+
+    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> FakeDrawnStep:
+        assert all(map(draws_on_device, rows))
+        assert len(rows) == sum(piece.logits == "last" for piece in slices)
+        kept = [replace(piece, token_ids=list(piece.token_ids), block_ids=list(piece.block_ids)) for piece in slices]
+        step = FakeDrawnStep(self, kept, list(sources), list(rows))
+        self._queue.append(step)
+        self.most_in_flight = max(self.most_in_flight, len(self._queue))
+        return step
+
+    def run_until(self, step: FakeDrawnStep) -> None:
+        while step.drawn is None:
+            self._run(self._queue.popleft())
+
+    def _run(self, step: FakeDrawnStep) -> None:
+        known = [
+            piece if source < 0 else replace(piece, token_ids=[self._drawn[source]])
+            for piece, source in zip(step.slices, step.sources, strict=True)
+        ]
+        logits = super().forward(known)
+        ends = [piece.start + len(piece.token_ids) for piece in known if piece.logits == "last"]
+        rows = [replace(row, token_ids=range(end)) for row, end in zip(step.rows, ends, strict=True)]
+        step.drawn = [token.token_id for token in sample(logits, rows)] if rows else []
+        self._drawn = step.drawn

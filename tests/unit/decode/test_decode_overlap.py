@@ -1,0 +1,217 @@
+"""Steps that are launched before the one before them is read give the tokens of steps that are not."""
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decode_svc.batcher import BatcherLimits, DecodeBatcher, SequenceState, Stage
+from decode_svc.engine import DecodeEngine
+from decode_svc.job import DecodeJob, Drawn, Ended, Failed, StopRule
+from llm.kv.allocator import BlockAllocator
+from llm.kv.pool import KvPool
+from llm.sampling_params import SamplingParams
+from tandem.engine_thread import Courier
+from tandem.errors import TandemError
+from tests.fakes.device_runner import DeviceRunner
+from tests.fakes.runner import LAYOUT, FakeRunner, next_token
+
+PLAIN = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=4.0, top_k=100, seed=7)
+PENALISED = SamplingParams(temperature=0.0, frequency_penalty=2.0)
+
+
+@dataclass
+class Asked:
+    """A request: what a client would send, and what it was told."""
+
+    prompt: list[int]
+    rule: StopRule
+    sampling: SamplingParams
+    num_logprobs: int | None
+    job: DecodeJob | None = None
+    told: list[object] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token.token_id for event in self.told if isinstance(event, Drawn)]
+
+    @property
+    def ended(self) -> bool:
+        return any(isinstance(event, Ended) for event in self.told)
+
+
+class Suite:
+    """An engine over the fake model, a step at a time, and the pull of each prompt's KV."""
+
+    def __init__(self, kind: type[FakeRunner], num_blocks: int, **limits: int) -> None:
+        self.pool = KvPool.create(LAYOUT, num_blocks)
+        self.runner = kind(self.pool)
+        self.allocator = BlockAllocator(num_blocks, LAYOUT.block_tokens, prefix_cache=False)
+        batcher = DecodeBatcher(self.allocator, BatcherLimits(**limits))
+        courier = Courier(asyncio.get_running_loop())
+        nobody = lambda *_: None  # noqa: E731
+        self.engine = DecodeEngine(self.runner, self.allocator, batcher, courier, on_failure=nobody, on_change=nobody)  # type: ignore[arg-type]
+
+    def reserve(self, asked: Asked) -> bool:
+        sequence = SequenceState(list(asked.prompt), len(asked.prompt) + asked.rule.max_tokens)
+        job = DecodeJob(sequence, len(asked.prompt), asked.sampling, asked.rule, asked.num_logprobs)
+        try:
+            block_ids = self.engine.reserve(job)
+        except TandemError:
+            return False
+        self.runner._write(block_ids, np.asarray(asked.prompt), 0)
+        asked.job = job
+        return True
+
+    def activate(self, asked: Asked) -> None:
+        assert asked.job is not None
+        self.engine.activate(asked.job, next_token(asked.prompt))
+
+    async def collect(self, everyone: list[Asked]) -> None:
+        await asyncio.sleep(0)
+        for asked in everyone:
+            if asked.job is not None:
+                asked.told += asked.job.mailbox._pending
+                asked.job.mailbox._pending.clear()
+
+
+async def alone(asked: Asked) -> list[int]:
+    """The tokens after the first, one request at a time and one step at a time."""
+    suite, copy = Suite(FakeRunner, 64), Asked(asked.prompt, asked.rule, asked.sampling, asked.num_logprobs)
+    assert suite.reserve(copy)
+    suite.activate(copy)
+    while suite.engine.step():
+        pass
+    await suite.collect([copy])
+    assert copy.ended
+    return copy.tokens
+
+
+requests = st.builds(
+    Asked,
+    prompt=st.lists(st.integers(0, 250), min_size=1, max_size=14),
+    rule=st.builds(
+        StopRule,
+        end_token_ids=st.sampled_from([frozenset(), frozenset(range(0, 251, 5)), frozenset([3])]),
+        min_tokens=st.sampled_from([0, 0, 0, 5]),
+        max_tokens=st.integers(1, 24),
+    ),
+    sampling=st.sampled_from([PLAIN, PLAIN, PLAIN, SAMPLED, PENALISED]),
+    num_logprobs=st.sampled_from([None, None, None, None, 1]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(everyone=st.lists(requests, min_size=1, max_size=6), seed=st.integers(0, 2**32), num_blocks=st.sampled_from([10, 14, 40]))
+def test_tokens_are_those_of_one_request_alone_and_one_step_at_a_time(everyone: list[Asked], seed: int, num_blocks: int) -> None:
+    asyncio.run(_run(everyone, random.Random(seed), num_blocks))
+
+
+async def _run(everyone: list[Asked], choice: random.Random, num_blocks: int) -> None:
+    """Joins, steps and cancels in random order; blocks are few, so that some give way to others."""
+    suite = Suite(DeviceRunner, num_blocks, max_batch=4, recompute_budget=6)
+    waiting, pulling, running, cancelled = list(everyone), [], [], []
+    turns = 0
+    while waiting or pulling or running:
+        turns += 1
+        assert turns < 5000, "no progress"
+        what = choice.choice(["reserve", "activate", "step", "step", "step", "step", "cancel"])
+        if what == "reserve" and waiting and suite.reserve(waiting[-1]):
+            pulling.append(waiting.pop())
+        elif what == "activate" and pulling:
+            running.append(pulling.pop(choice.randrange(len(pulling))))
+            suite.activate(running[-1])
+        elif what == "cancel" and running and choice.random() < 0.1:
+            cancelled.append(running.pop(choice.randrange(len(running))))
+            suite.engine.close(cancelled[-1].job)
+        else:
+            suite.engine.step()
+        await suite.collect(everyone)
+        running = [asked for asked in running if not asked.ended]
+        if not running and not pulling and waiting:
+            first = waiting.pop()
+            pulling += [first] if suite.reserve(first) else []  # or it never fits
+    while suite.engine.step():
+        pass
+    suite.allocator.check_integrity()
+    assert suite.allocator.num_free == num_blocks
+    for asked in everyone:
+        if asked.ended:
+            assert asked.tokens == await alone(asked)
+        elif asked.job is not None and asked in cancelled:
+            assert asked.tokens == (await alone(asked))[: len(asked.tokens)]
+
+
+async def test_two_steps_are_in_flight_and_the_host_learns_a_step_late() -> None:
+    suite = Suite(DeviceRunner, 16)
+    asked = Asked([1, 2, 3], StopRule(frozenset(), 0, 6), PLAIN, None)
+    assert suite.reserve(asked)
+    suite.activate(asked)
+    told = []
+    while suite.engine.step():
+        await suite.collect([asked])
+        told.append(len(asked.tokens))
+    assert told == [0, 1, 2, 3, 4, 5], "and no step computes more than was asked for"
+    assert suite.runner.most_in_flight == 2
+    assert suite.runner.sizes == [[1]] * 5
+
+
+async def test_a_row_for_the_host_makes_its_step_wait_and_no_other() -> None:
+    suite = Suite(DeviceRunner, 32)
+    plain, special = (Asked([1, 2], StopRule(frozenset(), 0, 9), params, None) for params in (PLAIN, PENALISED))
+    assert suite.reserve(plain)
+    suite.activate(plain)
+    for _ in range(3):
+        suite.engine.step()
+    assert suite.reserve(special)
+    suite.activate(special)
+    suite.engine.step()
+    await suite.collect([plain, special])
+    assert (len(plain.tokens), len(special.tokens)) == (4, 1), "all that was launched has landed"
+    suite.engine.close(special.job)
+    suite.engine.step()
+    await suite.collect([plain])
+    assert len(plain.tokens) == 4, "ahead again"
+    suite.engine.close(plain.job)
+    while suite.engine.step():
+        pass
+    assert suite.allocator.num_free == 32
+
+
+async def test_a_failing_step_is_everybodys_failure() -> None:
+    suite = Suite(DeviceRunner, 32)
+    asked = Asked([1, 2], StopRule(frozenset(), 0, 9), PLAIN, None)
+    assert suite.reserve(asked)
+    suite.activate(asked)
+    suite.engine.step()
+
+    def explode() -> None:
+        raise RuntimeError("injected")
+
+    suite.runner.gate = explode
+    suite.engine.start()
+    async with asyncio.timeout(10):
+        while not any(isinstance(event, Failed) for event in asked.told):
+            await suite.collect([asked])
+    assert suite.engine.stop()
+
+
+@pytest.mark.parametrize("stage", [Stage.ACTIVE, Stage.PULLING])
+async def test_blocks_of_a_cancelled_sequence_are_its_own_until_both_steps_are_over(stage: Stage) -> None:
+    suite = Suite(DeviceRunner, 8)
+    asked = Asked([1, 2, 3], StopRule(frozenset(), 0, 9), PLAIN, None)
+    assert suite.reserve(asked)
+    if stage is Stage.ACTIVE:
+        suite.activate(asked)
+        suite.engine.step()
+        suite.engine.step()
+    suite.engine.close(asked.job)
+    assert (suite.allocator.num_free == 8) == (stage is Stage.PULLING)
+    while suite.engine.step():
+        pass
+    assert suite.allocator.num_free == 8
