@@ -13,6 +13,7 @@ from kvtransfer.puller import KvPuller
 from kvtransfer.wire import layout_to_proto
 from llm.device import choose_device
 from llm.errors import DeviceError, UnsupportedModelError, WeightsError
+from llm.kv.device_memory import DeviceMemoryError
 from llm.runner import RunnerSettings
 from llm.startup import LoadedModel, load_model
 from tandem.addresses import target
@@ -53,7 +54,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
         )
         files = resolve_model(settings.model)
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
-    except (ModelError, DeviceError, UnsupportedModelError, WeightsError) as error:
+    except (ModelError, DeviceError, DeviceMemoryError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
 
 

@@ -10,12 +10,12 @@ from llm.errors import DeviceError
 
 
 def choose_device(name: str) -> str:
-    """ "cpu" or "cuda:N". "auto" is the first GPU, or the CPU where there is none or no compiler for its kernels.
+    """ "cpu" or "cuda:N". "auto" is the first GPU, or the CPU where there is none or something that a GPU needs is not installed.
 
     Raises DeviceError if a GPU was named that cannot be used.
     """
     if name == "auto":
-        return "cuda:0" if torch.cuda.is_available() and _has_compiler() else "cpu"
+        return "cuda:0" if torch.cuda.is_available() and not _missing() else "cpu"
     if name == "cpu":
         return name
     number = int(name.partition(":")[2] or 0)
@@ -23,8 +23,8 @@ def choose_device(name: str) -> str:
         raise DeviceError(f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu, or see `tandem doctor`")
     if number >= torch.cuda.device_count():
         raise DeviceError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    if not _has_compiler():
-        raise DeviceError(f"--device {name}: the GPU kernels need Triton: pip install 'tandem-serve[cuda]'")
+    if _missing():
+        raise DeviceError(f"--device {name}: {' and '.join(_missing())} not installed: pip install 'tandem-serve[cuda]'")
     return f"cuda:{number}"
 
 
@@ -32,5 +32,6 @@ def is_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _has_compiler() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> list[str]:
+    """Of what makes the kernels, and of what shares a GPU's memory with other processes."""
+    return [name for name in ("triton", "cupy") if importlib.util.find_spec(name) is None]

@@ -1,5 +1,6 @@
 """Brings a worker's model and KV pool up together."""
 
+import logging
 from dataclasses import dataclass
 
 import psutil
@@ -11,6 +12,8 @@ from llm.kv.pool import KvPool
 from llm.kv.settings import KvSettings
 from llm.runner import ModelRunner, RunnerSettings
 from llm.weights import ModelFiles, Progress
+
+logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _CPU_STEP_TOKENS = 512
@@ -54,7 +57,12 @@ def _measure(runner: ModelRunner, layout: KvLayout, kv: KvSettings, progress: Pr
     runner.adopt_thread()
     measured = measure(runner, layout, kv.gpu_memory_fraction, progress)
     fixed = kv.kv_blocks > 0 or kv.kv_memory_mib > 0
-    return num_blocks(layout, kv) if fixed else max(1, measured.pool_bytes // layout.block_bytes), measured.saturating_tokens
+    count = num_blocks(layout, kv) if fixed else max(1, measured.pool_bytes // layout.block_bytes)
+    size_gib = count * layout.block_bytes / (1 << 30)
+    logger.info(
+        "measured: %d KV blocks (%.1f GiB); the device is busy from %d tokens on", count, size_gib, measured.saturating_tokens
+    )
+    return count, measured.saturating_tokens
 
 
 def _part(progress: Progress | None, begin: float) -> Progress:

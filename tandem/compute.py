@@ -20,6 +20,7 @@ def prepare_compute(weights: WeightSettings) -> None:
         "NUMBA_THREADING_LAYER_PRIORITY": "omp tbb workqueue",
         "GOMP_SPINCOUNT": "10000",
         "NUMBA_CACHE_DIR": str(cache_directory() / "numba"),
+        "TRITON_CACHE_DIR": str(cache_directory() / "triton"),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

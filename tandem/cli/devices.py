@@ -37,7 +37,7 @@ print(json.dumps({
     "cuda_version": torch.version.cuda or "",
     "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     "num_threads": torch.get_num_threads(),
-    "compiler": importlib.util.find_spec("triton") is not None,
+    "missing": [name for name in ("triton", "cupy") if importlib.util.find_spec(name) is None],
     "gpus": [describe(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
 }))
 """
@@ -52,8 +52,8 @@ class TorchReport:
     cpu_capability: str = ""
     num_threads: int = 0
     gpus: tuple[str, ...] = ()
-    compiler: bool = False
-    """Triton is installed, which makes the GPU kernels."""
+    missing: tuple[str, ...] = ()
+    """Packages that are needed on GPUs and are not installed."""
     error: str = ""
 
 
@@ -70,7 +70,7 @@ def torch_report() -> TorchReport:
     if done.returncode:
         return TorchReport(error=(done.stderr.strip().splitlines() or ["importing torch failed"])[-1])
     report = json.loads(done.stdout)
-    return TorchReport(**{**report, "gpus": tuple(report["gpus"])})
+    return TorchReport(**{**report, "gpus": tuple(report["gpus"]), "missing": tuple(report["missing"])})
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:

@@ -42,8 +42,8 @@ def _count_gpus() -> tuple[int, str]:
     report = torch_report()
     if report.error:
         return 0, f"torch could not be asked for GPUs: {report.error}"
-    if report.gpus and not report.compiler:
-        return 0, "there are GPUs, but their kernels need Triton: pip install 'tandem-serve[cuda]'"
+    if report.gpus and report.missing:
+        return 0, f"there are GPUs, but {' and '.join(report.missing)} not installed: pip install 'tandem-serve[cuda]'"
     if not report.gpus and not report.cuda_version:
         return 0, "there is a GPU driver, but this torch is built for CPUs only"
     return len(report.gpus), ""

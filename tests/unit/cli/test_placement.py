@@ -10,7 +10,7 @@ from tandem.cli import seats
 from tandem.cli.devices import TorchReport, has_gpu_driver
 from tandem.cli.placement import PlacementError, Seat, Wish, parse_wish, place
 
-H200 = TorchReport(version="2.11", cuda_version="13.0", gpus=("NVIDIA H200", "NVIDIA H200"), compiler=True)
+H200 = TorchReport(version="2.11", cuda_version="13.0", gpus=("NVIDIA H200", "NVIDIA H200"))
 
 
 def devices(prefill: str, decode: str, num_gpus: int) -> tuple[list[str | None], list[str | None]]:
@@ -84,7 +84,7 @@ def test_without_a_driver_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch, tm
     ("report", "reason"),
     [
         (H200, "2 GPUs found"),
-        (TorchReport(version="2.11", cuda_version="13.0", gpus=("H200",)), "need Triton"),
+        (TorchReport(version="2.11", cuda_version="13.0", gpus=("H200",), missing=("cupy",)), "cupy not installed"),
         (TorchReport(version="2.13.0+cpu"), "built for CPUs only"),
         (TorchReport(error="no torch"), "could not be asked for GPUs: no torch"),
     ],

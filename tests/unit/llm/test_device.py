@@ -13,7 +13,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Two GPUs, and Triton."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "_has_compiler", lambda: True)
+    monkeypatch.setattr(devices, "_missing", list)
     return monkeypatch
 
 
@@ -28,9 +28,9 @@ def test_a_gpu_that_is_not_there_is_refused(gpus: pytest.MonkeyPatch) -> None:
 
 
 def test_without_compiler_auto_is_the_cpu_and_a_gpu_is_refused(gpus: pytest.MonkeyPatch) -> None:
-    gpus.setattr(devices, "_has_compiler", lambda: False)
+    gpus.setattr(devices, "_missing", lambda: ["triton"])
     assert choose_device("auto") == "cpu"
-    with pytest.raises(DeviceError, match="Triton"):
+    with pytest.raises(DeviceError, match="triton not installed"):
         choose_device("cuda:0")
 
 
