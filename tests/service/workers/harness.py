@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -57,11 +58,13 @@ class Node:
 
 
 @contextlib.contextmanager
-def held(at: Node) -> Iterator[Callable[[], Awaitable[object]]]:
-    """Holds the engine in its next step until the block ends; what it yields waits until the step has begun."""
-    entered, leave = threading.Event(), threading.Event()
+def held(at: Node, after: int = 0) -> Iterator[Callable[[], Awaitable[object]]]:
+    """Holds the engine in its next step, or one `after` so many, until the block ends; what it yields waits for its begin."""
+    entered, leave, steps = threading.Event(), threading.Event(), itertools.count()
 
     def hold() -> None:
+        if next(steps) < after:
+            return
         entered.set()
         leave.wait(10)
 

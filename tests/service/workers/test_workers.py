@@ -184,7 +184,28 @@ async def _cancel_in_decode(nodes: Pair) -> None:
     decode.cancel()
 
 
-@pytest.mark.parametrize("cancel", [_cancel_before_admission, _cancel_in_a_chunk, _cancel_while_pulling, _cancel_in_decode])
+async def _cancel_with_the_last_token_unread(nodes: Pair) -> None:
+    request = prefill_request(PROMPT, max_tokens=3)
+    prefill = open_prefill(nodes.prefill, request)
+    admitted = (await prefill.read()).admitted
+    with held(nodes.decode) as entered:
+        decode = open_decode(nodes.decode, decode_request(admitted, request))
+        await decode.read()
+        await entered()
+    await nodes.decode.until(lambda load: load.num_active == 0)
+    decode.cancel()
+
+
+CANCELS = [
+    _cancel_before_admission,
+    _cancel_in_a_chunk,
+    _cancel_while_pulling,
+    _cancel_in_decode,
+    _cancel_with_the_last_token_unread,
+]
+
+
+@pytest.mark.parametrize("cancel", CANCELS)
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_a_cancel_frees_every_block_within_half_a_second(cancel: Cancel, transport: str) -> None:
     async with pair(transport) as nodes:
@@ -192,6 +213,37 @@ async def test_a_cancel_frees_every_block_within_half_a_second(cancel: Cancel, t
         await nodes.prefill.wait_idle()
         await nodes.decode.wait_idle()
         assert (await generate(nodes, prefill_request(PROMPT)))[0] == completion(PROMPT, 8)
+
+
+async def test_a_cancelled_prompt_is_computed_no_further_than_the_chunk_in_flight() -> None:
+    async with pair(token_budget=8) as nodes:
+        with held(nodes.prefill, after=2) as entered:
+            call = open_prefill(nodes.prefill, prefill_request(PROMPT))
+            await call.read()
+            await entered()
+            call.cancel()
+            await nodes.prefill.until(lambda load: load.num_running == 0)
+        await nodes.prefill.wait_idle()
+        assert nodes.prefill.runner.sizes == [[8]] * 3
+        counts = nodes.prefill.worker._server.counts_of("/tandem.worker.v1.PrefillService/Prefill")
+        assert (counts.received, counts.cancelled) == (1, 1)
+
+
+async def test_a_cancelled_sequence_is_decoded_no_further_than_the_step_in_flight() -> None:
+    async with pair() as nodes:
+        request = prefill_request(PROMPT, max_tokens=200)
+        prefill = open_prefill(nodes.prefill, request)
+        admitted = (await prefill.read()).admitted
+        with held(nodes.decode, after=2) as entered:
+            decode = open_decode(nodes.decode, decode_request(admitted, request))
+            await decode.read()
+            await entered()
+            decode.cancel()
+            await nodes.decode.until(lambda load: load.num_active == 0)
+        await nodes.decode.wait_idle()
+        assert nodes.decode.runner.sizes == [[1]] * 3
+        counts = nodes.decode.worker._server.counts_of("/tandem.worker.v1.DecodeService/Decode")
+        assert (counts.received, counts.cancelled) == (1, 1)
 
 
 async def test_a_broken_engine_fails_its_requests_and_ends_the_process() -> None:
