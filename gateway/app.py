@@ -2,11 +2,16 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
 from gateway.admission import Admission
+from gateway.ejection import Ejector
+from gateway.fleet import Fleet
 from gateway.model_service import ModelServicer, TokenizerServicer
 from gateway.operations_service import OperationsServicer
-from gateway.relay import Relay
+from gateway.quarantine import Quarantine
+from gateway.relay import Relay, RelayCounts
 from gateway.routing import PlacementLedger, Role, usable
 from gateway.served_model import ServedModel, load_served_model
 from gateway.service import GenerationServicer
@@ -25,15 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """The gateway of one model. Made, started and closed on the event loop."""
+    """The gateway of one model. Made, started and closed on the event loop. `clock` gives monotonic seconds."""
 
-    def __init__(self, model: ServedModel, settings: GatewaySettings) -> None:
+    def __init__(self, model: ServedModel, settings: GatewaySettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._model = model
         self._ledger = PlacementLedger()
-        self._admission = Admission(settings.admission)
-        self.directory = WorkerDirectory(settings.targets, self._on_worker)
-        self._relay = Relay(self.directory, self._ledger)
-        self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests)
+        self._admission = Admission(settings.admission, clock)
+        self._ejector = Ejector(clock)
+        self.directory = WorkerDirectory(settings.targets, self._on_worker, lost=self._ejector.lost)
+        self._fleet = Fleet(self.directory, self._ledger, self._ejector)
+        self._relay = Relay(self._fleet, Quarantine(clock), settings.patience)
+        self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests, clock)
         self.server = Server("gateway", settings.server)
         self._add_services()
 
@@ -47,6 +54,10 @@ class Gateway:
     def num_running(self) -> int:
         """Requests that run or wait."""
         return self._admission.num_running + self._admission.num_queued
+
+    @property
+    def relay_counts(self) -> RelayCounts:
+        return self._relay.counts
 
     @property
     def draining(self) -> bool:
@@ -69,7 +80,7 @@ class Gateway:
     async def close(self) -> None:
         """After the server has stopped: requests that it cancelled end their legs first."""
         await self._admission.wait_idle()
-        await self._relay.close()
+        await self._fleet.close()
         await self.directory.close()
 
     def _add_services(self) -> None:

@@ -20,6 +20,7 @@ class Completion:
         self._pending = pending
         self._prompt: tuple[Token, ...] | None = None
         self.token_ids: list[int] = []
+        self.num_cached_tokens = 0
         self._end_reached = asyncio.Event()
         self.finished: FinishReason | None = None
 

@@ -8,6 +8,9 @@ from enum import Enum
 
 from tandem.errors import Reason, TandemError
 
+# Stands for a bound that a worker does not state.
+UNBOUNDED = 1 << 30
+
 
 class Role(Enum):
     """What a worker does."""
@@ -84,11 +87,29 @@ class Worker:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """Addresses to leave out, addresses to use only if there is no other, and the prefill worker to take if it is as good as any,
+    because it has the request's prefix in its cache."""
+
+    without: Collection[str] = frozenset()
+    avoided: Collection[str] = frozenset()
+    preferred: str = ""
+
+
+@dataclass(frozen=True)
 class Placement:
     """The pair that serves a request."""
 
     prefill: Worker
     decode: Worker
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Requests, and tokens of prompt and completion together, that there is room for at once."""
+
+    num_requests: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -159,25 +180,38 @@ class PlacementLedger:
         return 0 if pending is None else pending.num_tokens
 
 
-def choose(workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger) -> Placement:
+def choose(
+    workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger, wishes: Wishes = Wishes()
+) -> Placement:
     """The least loaded pair whose KV blocks fit each other; equal loads are decided by address. Raises NO_WORKER, saying why."""
-    prefills = usable(workers, Role.PREFILL, model_digest)
-    decodes = usable(workers, Role.DECODE, model_digest)
+    prefills = usable(workers, Role.PREFILL, model_digest, wishes.without)
+    decodes = usable(workers, Role.DECODE, model_digest, wishes.without)
     if not prefills or not decodes:
-        raise _no_worker(workers, Role.DECODE if prefills else Role.PREFILL, model_digest)
+        raise _no_worker(workers, Role.DECODE if prefills else Role.PREFILL, model_digest, wishes)
     layouts = {worker.layout for worker in decodes}
     fitting = [worker for worker in prefills if worker.layout in layouts]
     if not fitting:
         raise TandemError(Reason.NO_WORKER, "no prefill worker's KV layout is the same as a decode worker's")
     speeds = [worker.tokens_per_second for worker in fitting]
-    prefill = min(fitting, key=lambda worker: _prefill_load(worker, num_tokens, max(speeds), ledger))
-    return Placement(prefill, choose_decode(decodes, prefill.layout, num_tokens, ledger))
+    prefill = min(
+        fitting,
+        key=lambda worker: (
+            worker.address in wishes.avoided,
+            _is_full(worker, ledger),
+            worker.address != wishes.preferred,
+            _prefill_seconds(worker, num_tokens, max(speeds), ledger),
+            worker.address,
+        ),
+    )
+    return Placement(prefill, choose_decode(decodes, prefill.layout, num_tokens, ledger, wishes))
 
 
-def choose_decode(workers: Sequence[Worker], layout: Layout | None, num_tokens: int, ledger: PlacementLedger) -> Worker:
+def choose_decode(
+    workers: Sequence[Worker], layout: Layout | None, num_tokens: int, ledger: PlacementLedger, wishes: Wishes = Wishes()
+) -> Worker:
     """The least loaded of usable decode workers, at least one of which has this layout."""
     fitting = [worker for worker in workers if worker.layout == layout]
-    return min(fitting, key=lambda worker: _decode_load(worker, num_tokens, ledger))
+    return min(fitting, key=lambda worker: (worker.address in wishes.avoided, *_decode_load(worker, num_tokens, ledger)))
 
 
 def usable(workers: Collection[Worker], role: Role, model_digest: str, without: Collection[str] = ()) -> list[Worker]:
@@ -194,11 +228,27 @@ def largest_decode_pool(workers: Collection[Worker], model_digest: str) -> int |
     return max((worker.pool_tokens for worker in usable(workers, Role.DECODE, model_digest)), default=None)
 
 
-def _prefill_load(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> tuple[bool, float, str]:
-    """Full ones last, then by seconds until the prompt would be done. A worker without a measured speed counts as the fastest."""
+def decode_capacity(workers: Collection[Worker], model_digest: str) -> Capacity | None:
+    """What all usable decode workers hold together; None while there is none."""
+    found = usable(workers, Role.DECODE, model_digest)
+    if not found:
+        return None
+    return Capacity(sum(worker.max_requests or UNBOUNDED for worker in found), sum(worker.pool_tokens for worker in found))
+
+
+def seconds_ahead(workers: Collection[Worker], model_digest: str, ledger: PlacementLedger) -> float:
+    """Until the least busy prefill worker has done what it has now; 0 while none has a measured speed."""
+    found = usable(workers, Role.PREFILL, model_digest)
+    measured = [worker for worker in found if worker.tokens_per_second > 0]
+    if len(measured) < len(found):
+        return 0.0
+    return min((_prefill_seconds(worker, 0, 1.0, ledger) for worker in measured), default=0.0)
+
+
+def _prefill_seconds(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> float:
+    """Until the prompt would be done. A worker without a measured speed counts as the fastest."""
     waiting = worker.queued_tokens + ledger.num_tokens(worker.address)
-    seconds = (waiting + num_tokens) / (worker.tokens_per_second or fastest or 1.0)
-    return _is_full(worker, ledger), seconds, worker.address
+    return (waiting + num_tokens) / (worker.tokens_per_second or fastest or 1.0)
 
 
 def _decode_load(worker: Worker, num_tokens: int, ledger: PlacementLedger) -> tuple[bool, int, int, str]:
@@ -218,18 +268,19 @@ def _blocks(worker: Worker, num_tokens: int) -> int:
     return 0 if worker.layout is None else math.ceil(num_tokens / worker.layout.block_tokens)
 
 
-def _no_worker(workers: Collection[Worker], role: Role, model_digest: str) -> TandemError:
+def _no_worker(workers: Collection[Worker], role: Role, model_digest: str, wishes: Wishes) -> TandemError:
     of_role = [worker for worker in workers if worker.role is role]
-    why = _why(of_role, model_digest)
+    why = _why(of_role, model_digest, wishes)
     return TandemError(Reason.NO_WORKER, f"no {role.value} worker can take the request: {why}", metadata={"role": role.value})
 
 
-def _why(workers: Sequence[Worker], model_digest: str) -> str:
+def _why(workers: Sequence[Worker], model_digest: str, wishes: Wishes) -> str:
     if not workers:
         return "none is known"
     counts: Mapping[str, int] = {
         "unreachable": sum(not worker.worker_id for worker in workers),
         "not ready": sum(bool(worker.worker_id) and not worker.ready for worker in workers),
         "of another model": sum(worker.ready and worker.model_digest != model_digest for worker in workers),
+        "tried already": sum(worker.ready and worker.address in wishes.without for worker in workers),
     }
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)

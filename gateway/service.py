@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import grpc
@@ -17,9 +17,8 @@ from gateway.pending import PendingOutput
 from gateway.prompts import prompt_tokens
 from gateway.relay import Relay
 from gateway.request_id import new_request_id
-from gateway.routing import Placed
 from gateway.served_model import ServedModel
-from gateway.spans import note_ending, note_job, note_placement, note_request, request_span
+from gateway.spans import note_ending, note_job, note_request, request_span
 from gateway.timeline import Timeline
 from gateway.validate import check_length, check_request
 from gateway.wire import ResponseWriter
@@ -39,16 +38,19 @@ class RequestLimits:
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Serves `Generate`. `draining` turned on refuses new requests and lets the present ones finish."""
 
-    def __init__(self, model: ServedModel, admission: Admission, relay: Relay, limits: RequestLimits) -> None:
+    def __init__(
+        self, model: ServedModel, admission: Admission, relay: Relay, limits: RequestLimits, clock: Callable[[], float]
+    ) -> None:
         self._model = model
         self._admission = admission
         self._relay = relay
         self._limits = limits
+        self._clock = clock
         self.draining = False
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """The stream is written here, so that a stalled client is noticed. Raises the error table's answers."""
-        timeline = Timeline()
+        timeline = Timeline(self._clock)
         if self.draining:
             raise TandemError(Reason.DRAINING, "the gateway is shutting down")
         remaining_s = self._deadline_s(context)
@@ -56,7 +58,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             async with asyncio.timeout(remaining_s):
                 with request_span(request_id, self._model) as span:
-                    job = await self._prepare(request, request_id, time.monotonic() + remaining_s, span)
+                    job = await self._prepare(request, request_id, self._clock() + remaining_s, span)
                     timeline.tokenized()
                     await self._run(job, timeline, context, span)
         except TimeoutError:
@@ -94,24 +96,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         return job
 
     async def _run(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
-        route = tracer().start_span("gateway.route")
-        try:
-            async with self._admission.place(len(job.token_ids), job.deadline):
-                with self._relay.place(job) as placed:
-                    timeline.placed()
-                    note_placement(route, placed.placement)
-                    route.end()
-                    await self._stream(job, placed, timeline, context, span)
-        finally:
-            if route.is_recording():
-                route.end()
+        self._relay.check(job)
+        async with self._admission.place(len(job.token_ids), job.deadline):
+            await self._stream(job, timeline, context, span)
 
-    async def _stream(
-        self, job: GenerationJob, placed: Placed, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span
-    ) -> None:
+    async def _stream(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
         pending = PendingOutput()
         completion = Completion(job, self._model.tokenizer, pending)
-        relaying = asyncio.create_task(self._relay.run(job, placed, completion, timeline))
+        relaying = asyncio.create_task(self._relay.run(job, completion, timeline))
         relaying.add_done_callback(lambda task: _hand_over(task, pending))
         try:
             ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from gateway.admission import AdmissionLimits
+from gateway.relay import Patience
 from gateway.routing import Role
 from gateway.service import RequestLimits
 from gateway.targets import Target, parse_target
@@ -37,6 +38,9 @@ class GatewaySettings:
     stall_limit_s: float = field(
         default=30.0, metadata={"help": "seconds that a client may take nothing before its stream ends", "minimum": 0.001}
     )
+    resume_wait_s: float = field(
+        default=10.0, metadata={"help": "seconds that a broken completion waits for a worker to go on with", "minimum": 0}
+    )
     server: GatewayServerSettings = field(default_factory=GatewayServerSettings)
 
     def __post_init__(self) -> None:
@@ -51,6 +55,10 @@ class GatewaySettings:
     @property
     def admission(self) -> AdmissionLimits:
         return AdmissionLimits(self.max_running, self.max_queued, self.max_queued_tokens)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(after_first_token_s=self.resume_wait_s)
 
     @property
     def requests(self) -> RequestLimits:

@@ -10,8 +10,9 @@ from gateway.job import Ending, GenerationJob
 from gateway.routing import Placement
 from gateway.served_model import ServedModel
 from gateway.validate import CheckedRequest
+from tandem.clock import wall_ns
 from tandem.errors import TandemError
-from tandem.tracing import tracer
+from tandem.tracing import record_span, tracer
 
 
 @contextmanager
@@ -67,8 +68,14 @@ def note_job(span: Span, job: GenerationJob) -> None:
     )
 
 
-def note_placement(span: Span, placement: Placement) -> None:
-    span.set_attributes({"tandem.prefill.address": placement.prefill.address, "tandem.decode.address": placement.decode.address})
+def record_route(placement: Placement, attempt: int, began: float, ended: float) -> None:
+    """`began` and `ended` are on the monotonic clock, in seconds."""
+    attributes: dict[str, AttributeValue] = {
+        "tandem.attempt": attempt,
+        "tandem.prefill.address": placement.prefill.address,
+        "tandem.decode.address": placement.decode.address,
+    }
+    record_span("gateway.route", None, wall_ns(int(began * 1e9)), wall_ns(int(ended * 1e9)), attributes)
 
 
 def note_ending(span: Span, ending: Ending) -> None:

@@ -16,7 +16,8 @@ _REASONS = {
 def prefill_request(
     job: GenerationJob, attempt: int, token_ids: Sequence[int], first_token_only: bool
 ) -> prefill_pb2.PrefillRequest:
-    """`token_ids` is the prompt, followed by what was generated in earlier attempts."""
+    """`token_ids` is the prompt, followed by what was generated in earlier attempts, with which the prompt's own were given."""
+    resumed = len(token_ids) > len(job.token_ids)
     return prefill_pb2.PrefillRequest(
         request_id=job.request_id,
         attempt=attempt,
@@ -26,7 +27,7 @@ def prefill_request(
         sampling=_sampling(job.sampling),
         stop_rule=_stop_rule(job.stopping),
         logprobs=job.output.num_logprobs,
-        prompt_logprobs=job.output.num_prompt_logprobs,
+        prompt_logprobs=None if resumed else job.output.num_prompt_logprobs,
         first_token_only=first_token_only,
     )
 

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grpc
 
@@ -13,7 +15,7 @@ from gateway.routing import Condition, Layout, RequestCounts, Role, Worker
 from gateway.targets import Target, look_up
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
-from tandem.errors import TandemError
+from tandem.errors import Reason, TandemError
 from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -25,12 +27,16 @@ MAX_RECEIVE_BYTES = 16 * 1024 * 1024
 @dataclass(frozen=True)
 class WatchTimes:
     """Seconds: between look-ups of names, from the first to the longest pause before connecting again, and until a silent worker
-    counts as lost (it speaks at least every half second)."""
+    counts as lost. It speaks at least every half second, and is to be missed within two seconds of its last word."""
 
     look_up_s: float = 2.0
     first_pause_s: float = 0.1
-    longest_pause_s: float = 2.0
-    silence_s: float = 3.0
+    longest_pause_s: float = 1.0
+    silence_s: float = 1.8
+
+
+# A timer that is later than this tells of a gateway that stood still itself, and says nothing about workers.
+LATE_S = 0.25
 
 
 @dataclass
@@ -42,12 +48,13 @@ class _Watched:
     task: "asyncio.Task[None] | None" = None
     sequence_number: int = 0
     named_by: set[Target] = field(default_factory=set)
+    holders: list[Callable[[], object]] = field(default_factory=list)
 
 
 class WorkerDirectory:
     """Knows every worker behind the targets. Used on the event loop; `start` and `close` once.
 
-    `changed` is called after each word of a worker with its address.
+    `changed` is called after each word of a worker with its address, `lost` with what was last known of a worker that has gone.
     """
 
     def __init__(
@@ -55,12 +62,14 @@ class WorkerDirectory:
         targets: Sequence[tuple[Role, Target]],
         changed: Callable[[str], None],
         *,
+        lost: Callable[[Worker], None] = lambda worker: None,
         times: WatchTimes = WatchTimes(),
         open_channel: Callable[[str], grpc.aio.Channel] | None = None,
         resolve: Callable[[Target], Awaitable[Sequence[str]]] = look_up,
     ) -> None:
         self._targets = targets
         self._changed = changed
+        self._lost = lost
         self._times = times
         self._open_channel = open_channel or (lambda address: open_internal_channel(address, max_receive_bytes=MAX_RECEIVE_BYTES))
         self._resolve = resolve
@@ -76,6 +85,26 @@ class WorkerDirectory:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The channel to a known worker. KeyError if it has gone from the targets."""
         return self._watched[address].channel
+
+    @contextmanager
+    def while_known(self, worker: Worker, on_loss: Callable[[], object]) -> Iterator[None]:
+        """Calls `on_loss` should this very worker be lost meanwhile. WORKER_LOST if it is already."""
+        watched = self._watched.get(worker.address)
+        if watched is None or watched.worker.worker_id != worker.worker_id:
+            raise TandemError(Reason.WORKER_LOST, f"worker {worker.address} is lost")
+        watched.holders.append(on_loss)
+        try:
+            yield
+        finally:
+            if on_loss in watched.holders:
+                watched.holders.remove(on_loss)
+
+    def doubt(self, worker: Worker) -> None:
+        """Until it speaks again this worker is not ready."""
+        watched = self._watched.get(worker.address)
+        if watched is not None and watched.worker.worker_id == worker.worker_id:
+            watched.worker = replace(watched.worker, ready=False)
+            self._changed(worker.address)
 
     def start(self) -> None:
         for role, target in self._targets:
@@ -115,6 +144,7 @@ class WorkerDirectory:
         watched = self._watched.pop(address)
         if watched.task is not None:
             await cancel_and_wait(watched.task)
+        _let_go(watched)
         await watched.channel.close()
         self._changed(address)
 
@@ -146,24 +176,54 @@ class WorkerDirectory:
         return heard
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> status_pb2.WatchResponse | None:
-        # Not wait_for: Python 3.11's forgets a cancellation that comes together with the result.
-        async with asyncio.timeout(self._times.silence_s):
-            return await read(call)
+        """The worker's next word. TimeoutError if it stays silent while this process does not."""
+        reading = asyncio.ensure_future(read(call))
+        try:
+            while not reading.done():
+                if not await self._heard(reading):
+                    raise TimeoutError
+            return reading.result()
+        finally:
+            await cancel_and_wait(reading)
+
+    async def _heard(self, reading: "asyncio.Future[Any]") -> bool:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._times.silence_s
+        await asyncio.wait((reading,), timeout=self._times.silence_s)
+        return reading.done() or loop.time() > due + LATE_S
 
     def _take(self, watched: _Watched, response: status_pb2.WatchResponse) -> None:
         if response.sequence_number <= watched.sequence_number:
             return
         if not watched.worker.worker_id:
             logger.info("%s worker at %s is here", watched.worker.role.value, watched.worker.address)
+        if watched.worker.worker_id not in ("", response.worker_id):
+            self._lose(watched, "another worker has taken its place")
         watched.sequence_number = response.sequence_number
         watched.worker = worker_from(watched.worker, response)
+        if watched.worker.condition is Condition.STALLED and self._has_another(watched.worker):
+            _let_go(watched)
         self._changed(watched.worker.address)
 
+    def _has_another(self, worker: Worker) -> bool:
+        """Whether others can do its work: what a stalled worker holds may still end well, but not soon."""
+        return any(other.ready and other.role is worker.role for other in self.workers)
+
     def _lose(self, watched: _Watched, reason: str) -> None:
-        if watched.worker.worker_id:
-            logger.warning("%s worker at %s is lost: %s", watched.worker.role.value, watched.worker.address, reason)
-        watched.worker = replace(watched.worker, worker_id="", ready=False)
-        self._changed(watched.worker.address)
+        worker = watched.worker
+        watched.worker = replace(worker, worker_id="", ready=False)
+        if worker.worker_id:
+            logger.warning("%s worker at %s is lost: %s", worker.role.value, worker.address, reason)
+            self._lost(worker)
+        _let_go(watched)
+        self._changed(worker.address)
+
+
+def _let_go(watched: _Watched) -> None:
+    """Tells whoever holds something at a lost worker."""
+    holders, watched.holders = watched.holders, []
+    for on_loss in holders:
+        on_loss()
 
 
 _ROLE_NUMBERS = {Role.PREFILL: 1, Role.DECODE: 2}

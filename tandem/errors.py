@@ -49,6 +49,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     CANCELLED = "CANCELLED"
     STREAM_BROKEN = "STREAM_BROKEN"
+    REQUEST_QUARANTINED = "REQUEST_QUARANTINED"
     TRACE_NOT_FOUND = "TRACE_NOT_FOUND"
     ENGINE_FAILED = "ENGINE_FAILED"
     INTERNAL = "INTERNAL"
@@ -100,6 +101,8 @@ TABLE: Mapping[Reason, Row] = MappingProxyType(
         Reason.DEADLINE_EXCEEDED: Row("DEADLINE_EXCEEDED", "cancelled"),
         Reason.CANCELLED: Row("CANCELLED", "cancelled"),
         Reason.STREAM_BROKEN: Row("ABORTED", "failed"),
+        # Workers die under it: our bug, which asking again would only repeat.
+        Reason.REQUEST_QUARANTINED: Row("INTERNAL", "failed"),
         Reason.TRACE_NOT_FOUND: Row("NOT_FOUND"),
         Reason.ENGINE_FAILED: Row("INTERNAL", "failed"),
         Reason.INTERNAL: Row("INTERNAL", "failed"),

@@ -10,12 +10,13 @@ from tandem.errors import TandemError
 
 
 class Gates:
-    """Phases at which requests wait while the phase's gate is closed, and may fail."""
+    """Phases at which requests wait while the phase's gate is closed, and may fail: each one, or the next one only."""
 
     def __init__(self) -> None:
         self._open: dict[str, asyncio.Event] = {}
         self._reached: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self.faults: dict[str, BaseException] = {}
+        self.next_faults: dict[str, BaseException] = {}
 
     def close(self, phase: str) -> None:
         self._open[phase] = asyncio.Event()
@@ -32,6 +33,8 @@ class Gates:
         self._reached[phase].set()
         if phase in self._open:
             await self._open[phase].wait()
+        if phase in self.next_faults:
+            raise self.next_faults.pop(phase)
         if phase in self.faults:
             raise self.faults[phase]
 

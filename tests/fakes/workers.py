@@ -71,6 +71,7 @@ class FakeWorker:
         self.model_digest = model_digest
         self.layout = layout
         self.address = ""
+        self.alive = True
         self.traceparents: list[str] = []
         self.snapshot = WorkerSnapshot(
             role=self.role,
@@ -84,7 +85,11 @@ class FakeWorker:
             tokens_per_second=1000.0,
         )
         self.interceptor = Interceptor()
-        self._status = StatusServicer(self._identity(), lambda: self.snapshot, minimum_interval_s=0.001)
+        self._speaking = asyncio.Event()
+        self._speaking.set()
+        self._status = StatusServicer(
+            self._identity(), lambda: self.snapshot, minimum_interval_s=0.001, maximum_interval_s=0.3, sleep=self._breathe
+        )
         self._server: grpc.aio.Server | None = None
 
     async def __aenter__(self) -> "FakeWorker":
@@ -103,13 +108,31 @@ class FakeWorker:
         await self._server.start()
 
     async def kill(self) -> None:
+        self.alive = False
         if self._server is not None:
             await self._server.stop(None)
+
+    def become_another(self) -> None:
+        """As if another process had taken its place, unnoticed."""
+        self.worker_id = str(uuid.uuid4())
+        self._status._identity = self._identity()
+        self._status.changed()
 
     def say(self, **changes: object) -> None:
         """Changes the status and tells all watchers."""
         self.snapshot = replace(self.snapshot, **changes)  # type: ignore[arg-type]
         self._status.changed()
+
+    def fall_silent(self) -> None:
+        """Says nothing more of itself, as if it were frozen; what it streams is up to its gates."""
+        self._speaking.clear()
+
+    def speak_again(self) -> None:
+        self._speaking.set()
+
+    async def _breathe(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._speaking.wait()
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         raise NotImplementedError
@@ -249,6 +272,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.queue_us = 0
         self.tokens_per_delta = 1
         self.skipped_index: int | None = None
+        self.skips = False
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
@@ -294,7 +318,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(reason=reason, queue_us=self.queue_us, run_us=1))
 
     def _delta(self, index: int, tokens: Sequence[prefill_pb2.SampledToken]) -> decode_pb2.DecodeResponse:
-        if index == self.skipped_index:
+        if self.skips or index == self.skipped_index:
             index += 1
         return decode_pb2.DecodeResponse(delta=decode_pb2.TokenDelta(index=index, tokens=tokens))
 

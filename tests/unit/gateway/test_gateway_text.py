@@ -136,8 +136,8 @@ async def test_a_failure_comes_after_what_was_there() -> None:
 def test_phases_add_up_to_the_wall_time(gaps_ns: list[int], prefill_queue_us: int, decode_queue_us: int, early: bool) -> None:
     now = 0
 
-    def clock() -> int:
-        return now
+    def clock() -> float:
+        return now / 1e9
 
     timeline = Timeline(clock)
     marks = [timeline.tokenized, timeline.placed, timeline.first_token, timeline.kv_ready]

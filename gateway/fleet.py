@@ -1,0 +1,93 @@
+"""The workers as attempts use them: chosen, called, watched while they hold a request, and remembered when they fail it."""
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import grpc
+import grpc.aio
+
+from gateway.ejection import Ejector
+from gateway.failover import HopFailed, Recovery
+from gateway.job import GenerationJob
+from gateway.routing import Placement, PlacementLedger, Role, Wishes, Worker, choose, choose_decode, usable
+from gateway.workers import WorkerDirectory
+from tandem.errors import Reason, TandemError
+from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 1.0
+
+
+class Fleet:
+    """Joins the live view, what was sent since, and who has failed lately. Used on the event loop; `close` once."""
+
+    def __init__(self, directory: WorkerDirectory, ledger: PlacementLedger, ejector: Ejector) -> None:
+        self._directory = directory
+        self._ejector = ejector
+        self._releases: set[asyncio.Task[None]] = set()
+        self.ledger = ledger
+
+    @property
+    def workers(self) -> Collection[Worker]:
+        return self._directory.workers
+
+    def place(self, job: GenerationJob, num_tokens: int, recovery: Recovery) -> Placement:
+        """The best pair for what is left of a request. Raises NO_WORKER."""
+        return choose(self.workers, job.model_digest, num_tokens, self.ledger, self._wishes(recovery))
+
+    def another_decode(self, job: GenerationJob, num_tokens: int, prefill: Worker, refused: Collection[Worker]) -> Worker | None:
+        """The best decode worker for a ticket that others have refused."""
+        layout, without = prefill.layout, {worker.address for worker in refused}
+        workers = usable(self.workers, Role.DECODE, job.model_digest, without)
+        fitting = [worker for worker in workers if worker.layout == layout]
+        wishes = Wishes(avoided=self._ejected())
+        return choose_decode(fitting, layout, num_tokens, self.ledger, wishes) if fitting else None
+
+    def channel(self, worker: Worker) -> grpc.aio.Channel:
+        """Raises WORKER_LOST if the worker is not known any more."""
+        try:
+            return self._directory.channel(worker.address)
+        except KeyError:
+            raise TandemError(Reason.WORKER_LOST, f"worker {worker.address} is no longer known") from None
+
+    @contextmanager
+    def holding(self, worker: Worker, call: grpc.aio.UnaryStreamCall) -> Iterator[None]:
+        """Ends the call if the worker is lost meanwhile, which reading it then raises as WORKER_LOST."""
+        with self._directory.while_known(worker, call.cancel):
+            yield
+
+    def failed(self, failure: HopFailed) -> None:
+        """A worker that broke a request is not used before it has spoken again."""
+        if failure.broken:
+            culprit = failure.workers[0]
+            self._directory.doubt(culprit)
+            self._ejector.failed(culprit.address)
+
+    def release_soon(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:
+        """Gives up a ticket that nobody will pull, so that its blocks need not wait for the lease to end."""
+        task = asyncio.create_task(self._release(worker, ticket))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def close(self) -> None:
+        """Waits for releases under way."""
+        await asyncio.gather(*self._releases, return_exceptions=True)
+
+    async def _release(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:
+        request = kv_pb2.ReleaseRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)
+        try:
+            stub = kv_pb2_grpc.KvTransferServiceStub(self.channel(worker))  # type: ignore[no-untyped-call]
+            await stub.Release(request, timeout=RELEASE_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, TandemError) as error:
+            logger.info("a ticket of %s was not released and will expire: %s", worker.address, error)
+
+    def _wishes(self, recovery: Recovery) -> Wishes:
+        tried = {worker.address for worker in self.workers if worker.worker_id in recovery.tried}
+        avoided = {worker.address for worker in self.workers if worker.worker_id in recovery.avoided}
+        return Wishes(tried, avoided | self._ejected(), recovery.prefill_address)
+
+    def _ejected(self) -> set[str]:
+        return {worker.address for worker in self.workers if self._ejector.ejected(worker.address)}
