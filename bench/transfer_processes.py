@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.report import percentile
+from bench.figures import percentile
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import KvTransferServicer

@@ -14,7 +14,7 @@ from decode_svc.batcher import SequenceState
 from decode_svc.engine import DecodeEngine
 from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
 from kvtransfer.puller import KvPuller, PullResult
-from kvtransfer.ticket import KvTicket
+from kvtransfer.ticket import TRANSPORTS, KvTicket
 from kvtransfer.wire import ticket_from_proto
 from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
@@ -31,7 +31,7 @@ _FINISH_REASONS = {
     EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
     EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
-_TRANSPORTS = {"shm": generation_pb2.TRANSPORT_SHM, "tcp": generation_pb2.TRANSPORT_TCP}
+_TRANSPORTS = {name: generation_pb2.Transport.Value(f"TRANSPORT_{name.upper()}") for name in TRANSPORTS}
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):

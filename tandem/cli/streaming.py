@@ -14,7 +14,7 @@ _REASONS = {
     generation_pb2.FINISH_REASON_STOP: "ended by itself",
     generation_pb2.FINISH_REASON_LENGTH: "cut at the token limit",
 }
-_TRANSPORTS = {generation_pb2.TRANSPORT_SHM: "shm", generation_pb2.TRANSPORT_TCP: "tcp"}
+_TRANSPORTS = {value: name.removeprefix("TRANSPORT_").lower() for name, value in generation_pb2.Transport.items() if value}
 
 
 class Call(Protocol):

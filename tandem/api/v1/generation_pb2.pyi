@@ -26,6 +26,8 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
     TRANSPORT_SHM: _ClassVar[Transport]
     TRANSPORT_TCP: _ClassVar[Transport]
+    TRANSPORT_CUDA_IPC: _ClassVar[Transport]
+    TRANSPORT_NCCL: _ClassVar[Transport]
 CHAT_ROLE_UNSPECIFIED: ChatRole
 CHAT_ROLE_SYSTEM: ChatRole
 CHAT_ROLE_USER: ChatRole
@@ -37,6 +39,8 @@ FINISH_REASON_LENGTH: FinishReason
 TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_SHM: Transport
 TRANSPORT_TCP: Transport
+TRANSPORT_CUDA_IPC: Transport
+TRANSPORT_NCCL: Transport
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stopping", "output")
