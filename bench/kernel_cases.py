@@ -33,6 +33,7 @@ MATRICES = {
 }
 SKINNY_TILES = [
     Tile(16, 256), Tile(16, 512, 4, 3), Tile(32, 128), Tile(32, 256, 4, 3), Tile(32, 128, 4, 6), Tile(64, 64, 4, 5), Tile(64, 128),
+    Tile(64, 128, 4, 5), Tile(64, 256, 4, 3), Tile(64, 64, 4, 8), Tile(128, 128, 8, 3), Tile(64, 128, 8, 4),
 ]  # fmt: skip
 VECTOR_TILES = [
     Tile(8, 512, 4, 2), Tile(8, 512, 4, 4), Tile(8, 1024, 8, 2), Tile(4, 1024, 4, 3), Tile(4, 1024, 4, 2), Tile(4, 512, 4, 4),
@@ -40,8 +41,8 @@ VECTOR_TILES = [
 ]  # fmt: skip
 PREFILL_SHAPES = [Shape(128, 128, 8, 2), Shape(128, 64, 8, 3), Shape(128, 64, 8, 4), Shape(64, 64, 4, 3), Shape(128, 128, 8, 3)]
 STRETCHES = [
-    Stretch(), Stretch(64, 4, 3, 128), Stretch(64, 4, 3, 512), Stretch(32, 4, 4), Stretch(32, 4, 4, 512), Stretch(128, 4, 3),
-    Stretch(128, 4, 3, 512), Stretch(32, 2, 4), Stretch(64, 2, 3), Stretch(64, 4, 2),
+    Stretch(), Stretch(32, 4, 4), Stretch(128, 4, 3), Stretch(64, 2, 2), Stretch(64, 2, 4), Stretch(64, 1, 3), Stretch(32, 1, 4),
+    Stretch(32, 1, 6), Stretch(64, 2, 3, 512), Stretch(64, 2, 3, 128),
 ]  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def _products() -> Iterator[Build]:
         for rows, height, kernel in ((1, 4096, skinny_linear._vector_kernel), (16, 4096, skinny_linear._skinny_kernel)):
             if norms and rows > 1:
                 constants = constants | {"NORMS": False}
-            tile = skinny_linear.choose_tile(rows, height)
+            tile = skinny_linear.choose_tile(rows, 4096, height)
             sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
             yield Build(f"skinny {rows} rows, {name}", kernel, constants | sizes, tile.num_warps)
 

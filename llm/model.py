@@ -53,18 +53,22 @@ class Model:
             if layer.query_norm is not None and layer.key_norm is not None:
                 operations.head_norm(qkv, layer.query_norm, layer.key_norm, eps, self.config.num_kv_heads)
             operations.rotate_and_write(qkv, rotation, batch, pool, index)
-            attended = layer.output(operations.attention(qkv, batch, pool, index))
-            normed = operations.add_rms_norm(x, attended, layer.ffn_norm, eps)
+            if index == len(self._layers) - 1 and not len(batch.logits_rows):
+                self.layer_done()
+                return torch.empty(0, self.config.vocab_size)
+            attended = operations.attention(qkv, batch, pool, index)
+            if index == len(self._layers) - 1:
+                x, attended = _wanted_rows(x, batch), _wanted_rows(attended, batch)
+            normed = operations.add_rms_norm(x, layer.output(attended), layer.ffn_norm, eps)
             delta = layer.down(operations.silu_mul(layer.gate_up(normed)))
             self.layer_done()
         assert delta is not None
-        return self._logits(x, delta, batch)
+        return self._head(operations.add_rms_norm(x, delta, self._norm, eps))
 
-    def _logits(self, x: torch.Tensor, delta: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if not len(batch.logits_rows):
-            return torch.empty(0, self.config.vocab_size)
-        rows = batch.tensors["logits_rows"].to(x.device)
-        return self._head(self._operations.add_rms_norm(x[rows], delta[rows], self._norm, self.config.rms_norm_eps))
+
+def _wanted_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The rows that logits are wanted of: behind the last layer's K and V nobody needs the others."""
+    return x if len(batch.logits_rows) == x.shape[0] else x[batch.tensors["logits_rows"].to(x.device)]
 
 
 def _make_layer(tensors: Mapping[str, torch.Tensor], prefix: str, operations: Operations) -> Layer:

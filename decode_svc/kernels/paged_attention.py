@@ -31,7 +31,7 @@ class Stretch:
     """What a program takes at a time: context tokens, warps, loads in flight."""
 
     tokens: int = 64
-    num_warps: int = 4
+    num_warps: int = 2
     num_stages: int = 3
     least_tokens: int = 0
     """The fewest tokens of a split; 0: by the number of programs."""
@@ -179,7 +179,7 @@ class PagedAttention:
             GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, PAGE=page, ROWS=max(16, kept), KEPT=kept, TOKENS=stretch.tokens,
             SPLITS=splits,
             CHUNK=max(1, min(splits, _REDUCED_VALUES // (kept * columns))), STAGES=stretch.num_stages,
-            num_warps=stretch.num_warps if kept <= 64 else 8, **dependent_launch(),
+            num_warps=stretch.num_warps if kept <= 16 else 4 if kept <= 64 else 8, **dependent_launch(),
         )  # fmt: skip
         return out
 

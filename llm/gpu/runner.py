@@ -15,7 +15,8 @@ from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, draw_rows, fetch
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
-from llm.ops.gpu.operations import SKINNY_ROWS, GpuOperations
+from llm.ops.gpu.operations import GpuOperations
+from llm.ops.gpu.skinny_linear import MAX_ROWS
 from llm.runner import ModelRunner, Pool, RunnerSettings
 from llm.sampling import SampleRow
 from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
@@ -146,7 +147,7 @@ class GpuModelRunner(ModelRunner):
 
     def _is_few(self, batch: DeviceBatch) -> bool:
         rows = batch.tensors["positions"].shape[0]
-        return rows <= SKINNY_ROWS and len(batch.logits_rows) > 0
+        return rows <= MAX_ROWS and len(batch.logits_rows) > 0
 
     def _capture(self, report: Progress) -> None:
         pool, largest = self._pool_tensor(), self._gpu.max_batch

@@ -34,7 +34,7 @@ def attend(qkv: torch.Tensor, num_kv_heads: int, head_dim: int) -> torch.Tensor:
     """Causal attention of one sequence from its first token on: qkv [n, (h + 2 kv) d], q and k turned -> [n, h d]."""
     heads = qkv.view(1, qkv.shape[0], -1, head_dim).transpose(1, 2)
     query, key, value = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
-    if qkv.is_cuda:
+    if is_available(qkv.device, qkv.dtype, head_dim):
         out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, False, 0.0, True, False)[0]
     else:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)

@@ -154,11 +154,11 @@ def _vector_kernel(
     tl.store(out_ptr + outputs, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def choose_tile(rows: int, height: int) -> Tile:
+def choose_tile(rows: int, width: int, height: int) -> Tile:
     """Few outputs a program, so that multiprocessors have about equal shares of them; measured on an H100 with bench.kernels."""
     if rows == 1:
-        return Tile(8, 512, num_warps=4, num_stages=2)
-    return Tile(32, 128, num_warps=4, num_stages=6) if height > 4096 else Tile(16, 256, num_warps=4, num_stages=4)
+        return Tile(2, 2048, num_warps=4, num_stages=2) if width > 8192 else Tile(4, 1024, num_warps=4, num_stages=2)
+    return Tile(64, 128, num_warps=4, num_stages=4) if height > 4096 else Tile(16, 256, num_warps=4, num_stages=4)
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None = None, tile: Tile | None = None) -> torch.Tensor:
@@ -174,7 +174,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     out = around.residual
     if out is None:
         out = torch.empty(rows, height, dtype=torch.float32 if around.float32 else x.dtype, device=x.device)
-    tile = tile or choose_tile(rows, height)
+    tile = tile or choose_tile(rows, width, height)
     inputs = min(tile.inputs, max(16, triton.next_power_of_2(width)))
     padded = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
     kernel = _vector_kernel if rows == 1 else _skinny_kernel

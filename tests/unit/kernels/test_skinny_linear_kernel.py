@@ -6,6 +6,7 @@ import torch
 from tests.fakes.paged_batches import relative_error
 
 skinny = pytest.importorskip("llm.ops.gpu.skinny_linear")
+few_rows = pytest.importorskip("llm.gpu.few_rows")
 Around, Tile = skinny.Around, skinny.Tile
 
 FOLDED = ["plain", "norm", "bias", "residual", "silu_mul", "norm and silu_mul"]
@@ -40,8 +41,26 @@ def test_half_precision_and_wide_results(device, rows):
     assert relative_error(out, x.double() @ weight.double().T) < 1e-3
 
 
-@pytest.mark.parametrize(("rows", "height"), [(1, 4096), (8, 4096), (8, 128_256)])
-def test_every_choice_of_tile_runs(device, rows, height):
-    tile = skinny.choose_tile(rows, height)
+@pytest.mark.parametrize(("rows", "width", "height"), [(1, 4096, 4096), (1, 14_336, 4096), (8, 4096, 4096), (8, 4096, 128_256)])
+def test_every_choice_of_tile_runs(device, rows, width, height):
+    tile = skinny.choose_tile(rows, width, height)
     x, weight = torch.randn(rows, 64, device=device), torch.randn(100, 64, device=device)
     assert relative_error(skinny.skinny_linear(x, weight, tile=tile), x.double() @ weight.double().T) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("around", ["norm and bias", "residual", "norm and silu", "float32"])
+def test_products_of_a_few_rows_whoever_computes_them(device, rows, around):
+    """Beyond SKINNY_ROWS the library takes some of them."""
+    x, weight = torch.randn(rows, 64, device=device), torch.randn(48, 64, device=device)
+    norm, bias, residual = torch.rand(64, device=device), torch.randn(48, device=device), torch.randn(rows, 48, device=device)
+    given = {
+        "norm and bias": Around(norm=norm, bias=bias),
+        "residual": Around(residual=residual.clone()),
+        "norm and silu": Around(norm=norm, silu_mul=True),
+        "float32": Around(norm=norm, float32=True),
+    }[around]
+    expected = skinny.skinny_linear_reference(x, weight, given)
+    out = few_rows.product(x, weight, given)
+    assert relative_error(out, expected) < 1e-5
+    assert given.residual is None or out is given.residual
