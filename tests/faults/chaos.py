@@ -12,6 +12,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -66,11 +67,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     shape = Shape(
         model=arguments.model, transports=arguments.transports, flags={} if fake else REAL_FLAGS, kv_blocks=2048 if fake else 512
     )
-    scale = (
-        Scale(pace=arguments.pace)
-        if fake
-        else Scale(longest_prompt=96, longest_completion=24, completion_divisor=8, pace=arguments.pace or 0.25)
-    )
+    real = Scale(longest_prompt=96, longest_completion=24, completion_divisor=8, pace=0.25)
+    scale = Scale() if fake else real
+    if arguments.pace is not None:
+        scale = replace(scale, pace=arguments.pace)
     plan = plan_of(arguments.faults, arguments.most_faults) if arguments.faults != ["none"] else None
     return Settings(arguments.seconds, arguments.seed, shape, scale, plan)
 

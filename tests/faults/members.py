@@ -24,6 +24,8 @@ class Shape:
     token_us: float = 50.0
     kv_blocks: int = 2048
     restarts: bool = True
+    restart_s: float = 0.5
+    """From a process's death until its successor is started."""
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     points: Mapping[str, str] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from tests.faults.traffic import DEADLINE_S, Asked, Client, Scale, arrivals
 WARM_UP_S = 3.0
 SAMPLE_S = 1.0
 NUM_REAL_QUESTIONS = 24
-# What a log line may not hold, and what it may hold all the same.
+COUNTED = ("received", "ok", "cancelled", "rejected", "failed")
+# What no line of a log may hold.
 BAD_MARKS = ("Traceback", " ERROR ", " CRITICAL ", "StampError", "never retrieved", "was destroyed but it is pending")
 
 
@@ -69,6 +70,7 @@ class Runner:
         run.records = client.records
         run.idle_after_s = await self._idle()
         run.after = await self._holdings()
+        run.counters = await self._counters()
         self._read_logs(run)
         return run
 
@@ -155,6 +157,12 @@ class Runner:
                 census = await self.suite.census(name)
                 found[name] = Holdings(census["tasks"], census["fds"])
         return found
+
+    async def _counters(self) -> dict[str, Mapping[str, int]]:
+        """How requests ended, as each process that lives counts them since its start; all is idle, so none still runs."""
+        view = await self.suite.view()
+        counted = {worker.address: worker.requests for worker in view.workers}
+        return {name: {how: getattr(counts, how) for how in COUNTED} for name, counts in counted.items()}
 
     def _read_logs(self, run: Run) -> None:
         run.unplanned_deaths = [

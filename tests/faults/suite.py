@@ -23,7 +23,6 @@ from tests.faults.network import Network
 from tests.faults.proxy import Link
 
 START_LIMIT_S = 120.0
-RESTART_S = 0.5
 
 
 class Suite:
@@ -139,9 +138,20 @@ class Suite:
             await self._dead[pid].wait()
         return next(death.status for death in self.deaths if death.pid == pid)
 
-    def forget_points(self, name: str) -> None:
-        """The member's next process has no failpoints."""
-        self._points[name] = ""
+    def arm(self, name: str, points: str) -> None:
+        """What failpoints the member's processes have from the next on."""
+        self._points[name] = points
+
+    async def restart_armed(self, name: str, points: str) -> None:
+        """A new process of the member with failpoints, ready to serve; the one after it has none."""
+        self.arm(name, points)
+        births = self.members[name].births
+        self.kill(name)
+        async with asyncio.timeout(START_LIMIT_S):
+            while self.members[name].births == births:  # noqa: ASYNC110 - the nursery's word
+                await asyncio.sleep(0.01)
+        self.arm(name, "")
+        await self.wait_ready()
 
     async def wait_dead(self, pid: int, limit_s: float = 30.0) -> None:
         async with asyncio.timeout(limit_s):
@@ -248,7 +258,7 @@ class Suite:
             self._start_task(self._start_again(name))
 
     async def _start_again(self, name: str) -> None:
-        await asyncio.sleep(RESTART_S)
+        await asyncio.sleep(self.shape.restart_s)
         await self.start(name)
 
     def _start_task(self, work: Awaitable[Any]) -> None:

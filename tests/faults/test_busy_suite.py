@@ -1,0 +1,89 @@
+"""What real processes do with clients that come, go and change their minds, and with orderly restarts under load."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import grpc
+import pytest
+
+from tandem.channels import open_channel
+from tests.faults.conftest import Patient
+from tests.faults.oracle import SPARE_DESCRIPTORS, SPARE_TASKS
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+async def test_f1_a_worker_drains_under_load_without_an_error(patient: Patient, name: str) -> None:
+    suite, records = patient.suite, []
+    draining = asyncio.create_task(suite.drain(name))
+    while not draining.done():
+        records += patient.send(2)
+        await asyncio.sleep(0.05)
+    assert draining.result() == 0
+    await suite.wait_ready()
+    await patient.served([*records, *patient.send(4)])
+
+
+async def test_f1_the_gateway_finishes_what_it_has(patient: Patient) -> None:
+    records = patient.send(8, completion_tokens=40)
+    await patient.until_flowing(records)
+    births = patient.suite.members["gateway"].births
+    assert await patient.suite.drain("gateway") == 0
+    await patient.served(records)
+    await patient.crashed("gateway", births)
+
+
+async def test_d1_cancels_at_any_moment_leave_nothing_behind(patient: Patient) -> None:
+    """Clients go away while queued, prefilled, handed over, decoded: all blocks are free half a second after the last."""
+    chance = random.Random(1)
+    for _ in range(60):
+        asked = [patient.ask(completion_tokens=40) for _ in range(3)]
+        tasks = [(patient.client.send(each), chance.uniform(0.0, 0.12)) for each in asked]
+        sending = list(patient.client.running)
+        await asyncio.sleep(max(wait for _, wait in tasks))
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+    await patient.suite.wait_idle(2.0)
+
+
+async def test_d6_a_thousand_connections_leave_no_descriptor(patient: Patient) -> None:
+    before = await patient.suite.census("gateway")
+    for _ in range(20):
+        channels = [open_channel(patient.suite.address) for _ in range(50)]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        await asyncio.gather(*(channel.close() for channel in channels))
+    async with asyncio.timeout(10):
+        while (await patient.suite.census("gateway"))["fds"] > before["fds"] + SPARE_DESCRIPTORS:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert (await patient.suite.census("gateway"))["tasks"] <= before["tasks"] + SPARE_TASKS
+
+
+async def test_b2_bits_that_flip_on_the_wire_never_reach_a_token(patient: Patient) -> None:
+    suite = patient.suite
+    for name in ("prefill-0", "prefill-1"):
+        await suite.restart_armed(name, "wire@%2=flip")
+    records = patient.send(30)
+    await patient.served(records)
+    flips = sum(suite.log(name).count("a bit of a block was flipped") for name in ("prefill-0", "prefill-1"))
+    assert flips >= 5
+    for name in ("prefill-0", "prefill-1"):
+        await suite.restart_armed(name, "")
+
+
+async def test_g3_refused_requests_cost_nothing_and_are_named(patient: Patient) -> None:
+    records = patient.send(20, "bad")
+    await patient.finish(records)
+    assert {(record.code, record.reason) for record in records} == {("INVALID_ARGUMENT", "INVALID_SAMPLING")}
+
+
+async def test_the_census_sees_a_channel_that_stays(patient: Patient) -> None:
+    """The instrument of I3 works: forty open connections show."""
+    before = await patient.suite.census("gateway")
+    channels: list[grpc.aio.Channel] = [open_channel(patient.suite.address) for _ in range(40)]
+    await asyncio.gather(*(channel.channel_ready() for channel in channels))
+    assert (await patient.suite.census("gateway"))["fds"] >= before["fds"] + 40 - SPARE_DESCRIPTORS
+    await asyncio.gather(*(channel.close() for channel in channels))
