@@ -69,7 +69,7 @@ class Suite:
         for name in self.members:
             await self.start(name)
         self.channel = open_channel(self.members["gateway"].address)
-        await self.wait_ready()
+        await self._wait_first_ready()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -203,6 +203,18 @@ class Suite:
         found: Mapping[str, int] = json.loads(path.read_text().splitlines()[-1])
         assert found["pid"] == pid
         return found
+
+    async def _wait_first_ready(self) -> None:
+        """A process that cannot even start fails the start, with its last words."""
+        ready = asyncio.create_task(self.wait_ready())
+        try:
+            while not ready.done():
+                await asyncio.wait([ready], timeout=0.1)
+                for death in self.deaths:
+                    raise RuntimeError(f"{death.name} ended with {death.status} while it started:\n{self.log(death.name)[-2000:]}")
+            ready.result()
+        finally:
+            ready.cancel()
 
     def _place(self, name: str, proxied: bool) -> Member:
         if self.network is None:
