@@ -17,7 +17,7 @@ from tests.faults.run import BAD_MARKS
 from tests.faults.suite import Suite
 from tests.faults.traffic import DEADLINE_S, Arrival, Asked, Client
 
-SHAPE = Shape(step_ms=8.0, restart_s=0.1)
+SHAPE = Shape(num_prefill=3, step_ms=8.0, restart_s=0.1)
 
 
 @dataclass
@@ -55,11 +55,21 @@ class Patient:
         assert [(r.number, r.code, r.reason, r.message) for r in records if r.code != "OK"] == []
         assert [(r.number, problem) for r in records if (problem := stream_problem(r))] == []
 
-    async def crashed(self, name: str, births: int) -> None:
-        """The member died of its failpoint and is here again."""
-        async with asyncio.timeout(10):
-            while self.suite.members[name].births <= births:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+    async def send_until_crash(self, name: str, kinds: Sequence[str] = ("plain", "sampled", "stop", "logprobs")) -> list[Record]:
+        """Requests until the armed member has died of its failpoint and is here again: a worker that died lately is not the
+        gateway's first choice."""
+        self.suite.expected_crashes.add(name)
+        births, records = self.suite.members[name].births, list[Record]()
+        async with asyncio.timeout(20):
+            while self.suite.members[name].births == births:
+                records += [record for kind in kinds for record in self.send(2, kind)]
+                await asyncio.sleep(0.1)
+        await self.suite.wait_ready()
+        return records
+
+    async def back(self, name: str, births: int) -> None:
+        """The member has been started again, and all is whole."""
+        await self.suite.wait_born(name, births, 10.0)
         await self.suite.wait_ready()
 
     def bad_lines(self) -> list[str]:

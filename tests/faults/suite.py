@@ -143,15 +143,19 @@ class Suite:
         self._points[name] = points
 
     async def restart_armed(self, name: str, points: str) -> None:
-        """A new process of the member with failpoints, ready to serve; the one after it has none."""
+        """A new process of the member with failpoints, ready to serve; the one after it has none. Nothing may run: it is drained."""
         self.arm(name, points)
         births = self.members[name].births
-        self.kill(name)
-        async with asyncio.timeout(START_LIMIT_S):
-            while self.members[name].births == births:  # noqa: ASYNC110 - the nursery's word
-                await asyncio.sleep(0.01)
+        await self.drain(name)
+        await self.wait_born(name, births)
         self.arm(name, "")
         await self.wait_ready()
+
+    async def wait_born(self, name: str, births: int, limit_s: float = START_LIMIT_S) -> None:
+        """The member has been started more than `births` times."""
+        async with asyncio.timeout(limit_s):
+            while self.members[name].births <= births:  # noqa: ASYNC110 - the nursery's word
+                await asyncio.sleep(0.01)
 
     async def wait_dead(self, pid: int, limit_s: float = 30.0) -> None:
         async with asyncio.timeout(limit_s):

@@ -33,7 +33,7 @@ async def test_f1_the_gateway_finishes_what_it_has(patient: Patient) -> None:
     births = patient.suite.members["gateway"].births
     assert await patient.suite.drain("gateway") == 0
     await patient.served(records)
-    await patient.crashed("gateway", births)
+    await patient.back("gateway", births)
 
 
 async def test_d1_cancels_at_any_moment_leave_nothing_behind(patient: Patient) -> None:

@@ -31,13 +31,8 @@ SLACK_S = 1.0  # for a machine that does other things, too
     ],
 )
 async def test_a_crash_costs_a_pause_and_no_token(patient: Patient, name: str, points: str) -> None:
-    suite = patient.suite
-    await suite.restart_armed(name, points)
-    suite.expected_crashes.add(name)
-    births = suite.members[name].births
-    records = [record for kind in ("plain", "sampled", "stop", "logprobs") for record in patient.send(3, kind)]
-    await patient.served(records)
-    await patient.crashed(name, births)
+    await patient.suite.restart_armed(name, points)
+    await patient.served(await patient.send_until_crash(name))
 
 
 @pytest.mark.parametrize("name", [pytest.param("prefill-0", id="A4-prefill"), pytest.param("decode-0", id="A6-decode")])
@@ -102,7 +97,7 @@ async def test_a7_workers_cancel_the_orphans_of_a_killed_gateway(patient: Patien
     killed = time.monotonic()
     await patient.finish(records, 5.0)
     assert {record.code for record in records} == {"UNAVAILABLE"}
-    await patient.crashed("gateway", births)
+    await patient.back("gateway", births)
     await suite.wait_idle(10.0)
     assert time.monotonic() - killed < 10.0
     await patient.served(patient.send(4))
@@ -148,23 +143,22 @@ async def test_a9_a_crash_loop_costs_next_to_nothing(patient: Patient) -> None:
 
 async def test_g1_poison_fails_alone_after_at_most_two_deaths(patient: Patient) -> None:
     """A prompt that kills whoever computes it, among others that do no harm."""
-    suite = patient.suite
+    suite, names = patient.suite, [member.name for member in patient.suite.of_kind("prefill")]
     poison = patient.ask(completion_tokens=12)
-    tokens = ",".join(str(token) for token in poison.request.token_ids.ids[:8])
-    for name in ("prefill-0", "prefill-1"):
-        await suite.restart_armed(name, f"prompt@{tokens}=crash")
-        suite.expected_crashes.add(name)
-        suite.arm(name, f"prompt@{tokens}=crash")
+    point = f"prompt@{','.join(str(token) for token in poison.request.token_ids.ids[:8])}=crash"
+    for name in names:
+        await suite.restart_armed(name, point)
+        suite.arm(name, point)
+    suite.expected_crashes |= set(names)
     num_deaths = len(suite.deaths)
     good = patient.send(6)
     bad = patient.client.send(poison)
     good += patient.send(6)
-    await patient.finish([bad])
     await patient.served(good)
-    assert bad.code not in ("OK", "UNKNOWN"), bad
+    await patient.finish([bad])
     again = patient.client.send(poison)
     await patient.finish([again])
-    assert again.code != "OK"
-    assert len(suite.deaths) - num_deaths <= 2
-    for name in ("prefill-0", "prefill-1"):
+    assert {bad.reason, again.reason} == {"REQUEST_QUARANTINED"}
+    assert 1 <= len(suite.deaths) - num_deaths <= 2
+    for name in names:
         suite.arm(name, "")
