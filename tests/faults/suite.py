@@ -143,7 +143,7 @@ class Suite:
         self._points[name] = points
 
     async def restart_armed(self, name: str, points: str) -> None:
-        """A new process of the member with failpoints, ready to serve; the one after it has none. Nothing may run: it is drained."""
+        """Drains the idle member; its next process, ready to serve, has failpoints, and the one after it has none."""
         self.arm(name, points)
         births = self.members[name].births
         await self.drain(name)
