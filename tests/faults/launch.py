@@ -24,6 +24,9 @@ from tests.faults import failpoints
 
 ROLES = ("gateway", "prefill_svc", "decode_svc")
 
+_pullers: list[Any] = []
+"""Of this process, so that a census can tell what they counted."""
+
 
 def main() -> None:
     run(sys.argv[1], sys.argv[2:], os.environ)
@@ -52,6 +55,7 @@ def _arm_worker(role: str, points: Sequence[failpoints.Failpoint], environ: Mapp
         from tests.faults import seams
 
         seams.install(role, points)
+        seams.remember_pullers(_pullers)
         module = __import__(f"{role}.worker", fromlist=["worker"])
         load = _load_fake(environ) if environ.get("FAULTS_MODEL") == "fake" else module.load_model
 
@@ -109,6 +113,8 @@ def _answer_census(path: Path) -> None:
 
 def _write_census(path: Path) -> None:
     census = {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "fds": len(os.listdir("/proc/self/fd"))}
+    rows = [row for puller in _pullers for row in puller.counters()]
+    census |= {name: sum(getattr(row, name) for row in rows) for name in ("pulled", "refetched", "checksum_failures")}
     with path.open("a") as file:
         file.write(json.dumps(census) + "\n")
 

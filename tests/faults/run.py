@@ -58,6 +58,7 @@ class Runner:
     suite: Suite
     links: Links | None = None
     progress: Progress = field(default_factory=Progress)
+    _checksum_failures: dict[int, int] = field(default_factory=dict)
 
     async def run(self) -> Run:
         """The suite serves already. Returns the record; the invariants are for the caller to judge."""
@@ -71,6 +72,7 @@ class Runner:
         run.idle_after_s = await self._idle()
         run.after = await self._holdings()
         run.counters = await self._counters()
+        run.flips_caught = sum(self._checksum_failures.values())
         self._read_logs(run)
         return run
 
@@ -156,6 +158,7 @@ class Runner:
             with contextlib.suppress(TimeoutError, AssertionError):
                 census = await self.suite.census(name)
                 found[name] = Holdings(census["tasks"], census["fds"])
+                self._checksum_failures[census["pid"]] = census["checksum_failures"]
         return found
 
     async def _counters(self) -> dict[str, Mapping[str, int]]:
@@ -170,6 +173,7 @@ class Runner:
         ]
         for name in self.suite.members:
             lines = self.suite.log(name).splitlines()
+            run.flips_sent += sum("a bit of a block was flipped" in line for line in lines)
             run.bad_log_lines += [f"{name}: {line}" for line in lines if any(mark in line for mark in BAD_MARKS)]
             run.stamp_errors += sum("StampError" in line for line in lines)
 

@@ -6,13 +6,13 @@ import functools
 import importlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from kvtransfer.frames import BlocksFrame
 from kvtransfer.producer import KvProducer
 from kvtransfer.puller import KvPuller
 from kvtransfer.transports.connection import Connection
-from kvtransfer.transports.tcp_frames import BlocksMessage
 from tests.faults.failpoints import Failpoint, gate_of
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,17 @@ def install(role: str, points: Sequence[Failpoint]) -> None:
             _flip_on_the_wire([point for point in points if point.place == place])
             continue
         _INSTALLERS[role][place](gate_of(points, place))
+
+
+def remember_pullers(pullers: list[Any]) -> None:
+    """Lists every KvPuller of this process as it is made."""
+    make = KvPuller.__init__
+
+    def wrapped(self: KvPuller, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        pullers.append(self)
+
+    KvPuller.__init__ = wrapped  # type: ignore[method-assign]
 
 
 def wrap_runner(runner: Any, points: Sequence[Failpoint]) -> None:
@@ -114,17 +125,27 @@ def _engine(module: str, name: str) -> Callable[[Any], None]:
 
 def _flip_on_the_wire(points: Sequence[Failpoint]) -> None:
     """A consumer gets one wrong bit in a run of blocks; the producer's pool and its checksums stay as they are."""
-    original = Connection.send
+    send, send_blocks = Connection.send, Connection.send_blocks
+    headers = ContextVar("headers", default=False)
 
-    async def wrapped(self: Connection, message: Any, blocks: Sequence[Any] = (), *rest: Any) -> None:
-        if isinstance(message, BlocksMessage) and any([point.due() for point in points]):
+    async def wrapped_send(self: Connection, message: Any) -> None:
+        """A message's own bytes take the same way as blocks, and are left alone."""
+        token = headers.set(True)
+        try:
+            await send(self, message)
+        finally:
+            headers.reset(token)
+
+    async def wrapped_blocks(self: Connection, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
+        if not headers.get() and any([point.due() for point in points]):
             damaged = bytearray(blocks[0])
             damaged[len(damaged) // 2] ^= 0x10
             blocks = [memoryview(damaged), *blocks[1:]]
             logger.warning("failpoint wire: a bit of a block was flipped")
-        await original(self, message, blocks, *rest)
+        await send_blocks(self, blocks, check)
 
-    Connection.send = wrapped  # type: ignore[method-assign]
+    Connection.send = wrapped_send  # type: ignore[method-assign]
+    Connection.send_blocks = wrapped_blocks  # type: ignore[method-assign]
 
 
 def _in_runner(gate: Any) -> None:

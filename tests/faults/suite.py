@@ -142,13 +142,15 @@ class Suite:
         """What failpoints the member's processes have from the next on."""
         self._points[name] = points
 
-    async def restart_armed(self, name: str, points: str) -> None:
-        """Drains the idle member; its next process, ready to serve, has failpoints, and the one after it has none."""
-        self.arm(name, points)
-        births = self.members[name].births
-        await self.drain(name)
-        await self.wait_born(name, births)
-        self.arm(name, "")
+    async def restart_armed(self, points: str, *names: str) -> None:
+        """Drains idle members; their next processes, ready to serve, have failpoints, and the ones after these have none."""
+        births = {name: self.members[name].births for name in names}
+        for name in names:
+            self.arm(name, points)
+        await asyncio.gather(*(self.drain(name) for name in names))
+        for name in names:
+            await self.wait_born(name, births[name])
+            self.arm(name, "")
         await self.wait_ready()
 
     async def wait_born(self, name: str, births: int, limit_s: float = START_LIMIT_S) -> None:

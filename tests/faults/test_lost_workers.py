@@ -31,7 +31,7 @@ SLACK_S = 1.0  # for a machine that does other things, too
     ],
 )
 async def test_a_crash_costs_a_pause_and_no_token(patient: Patient, name: str, points: str) -> None:
-    await patient.suite.restart_armed(name, points)
+    await patient.suite.restart_armed(points, name)
     await patient.served(await patient.send_until_crash(name))
 
 
@@ -146,8 +146,8 @@ async def test_g1_poison_fails_alone_after_at_most_two_deaths(patient: Patient) 
     suite, names = patient.suite, [member.name for member in patient.suite.of_kind("prefill")]
     poison = patient.ask(completion_tokens=12)
     point = f"prompt@{','.join(str(token) for token in poison.request.token_ids.ids[:8])}=crash"
+    await suite.restart_armed(point, *names)
     for name in names:
-        await suite.restart_armed(name, point)
         suite.arm(name, point)
     suite.expected_crashes |= set(names)
     num_deaths = len(suite.deaths)
