@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,7 +18,6 @@ from typing import Any
 import grpc
 import psutil
 
-from tandem.addresses import free_port
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
 from tandem.channels import open_channel
 from tests.faults.members import FAKE_MODEL, ROLES, Death, Member, ProxyLinks, Shape
@@ -224,7 +226,7 @@ class Suite:
 
     def _place(self, name: str, proxied: bool) -> Member:
         if self.network is None:
-            port = free_port("127.0.0.1")
+            port = port_of_its_own()
             return Member(name, "127.0.0.1", port, Link("127.0.0.1", port) if proxied and name != "gateway" else None)
         return Member(name, self.network.add(name), 50051)
 
@@ -283,6 +285,14 @@ class Suite:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def port_of_its_own() -> int:
+    """A port that nobody listens on, outside of the range that the system hands out: a member that restarts needs it again."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_idle(view: operations_pb2.GetSuiteResponse) -> bool:
