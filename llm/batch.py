@@ -14,7 +14,7 @@ import torch
 Integers = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SequenceSlice:
     """The next tokens of one sequence. `block_ids` must reach to position start + len(token_ids)."""
 

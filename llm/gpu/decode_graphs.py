@@ -36,6 +36,9 @@ class GraphInputs:
         self._stride = max_batch + 1
         self._device = device
         self._memory = torch.zeros(len(_FIXED) * self._stride + max_block_ids, dtype=torch.int32, device=device)
+        self._padding = np.zeros((len(_FIXED), self._stride), np.int32)
+        for index, name in enumerate(_FIXED):
+            self._padding[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
         self.drawn = torch.zeros(max_batch, dtype=torch.int32, device=device)
         """The tokens that the last step drew, by its rows."""
 
@@ -44,11 +47,10 @@ class GraphInputs:
 
     def upload(self, arrays: Mapping[str, Integers]) -> None:
         """One copy from pinned memory; it waits for nothing and is ordered before what is launched next."""
-        fixed = np.zeros((len(_FIXED), self._stride), np.int32)
+        staged = pack([self._padding.reshape(-1), arrays["block_ids"]], self._device)
+        fixed = staged[: self._padding.size].numpy().reshape(self._padding.shape)
         for index, name in enumerate(_FIXED):
-            fixed[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
             fixed[index, : len(arrays[name])] = arrays[name]
-        staged = pack([fixed.reshape(-1), arrays["block_ids"]], self._device)
         self._memory[: staged.shape[0]].copy_(staged, non_blocking=True)
 
     def batch(self, size: int) -> DeviceBatch:
@@ -102,11 +104,6 @@ class DecodeGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:rows]
-
-
-def is_decode(batch: Batch) -> bool:
-    """One token a sequence and logits of all: what graphs are captured for."""
-    return len(batch.lengths) == len(batch.token_ids) == len(batch.logits_rows)
 
 
 def _shape_only(size: int) -> Batch:

@@ -9,7 +9,8 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
-from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes, is_decode
+from llm.gpu.decode_batch import decode_arrays, is_decode
+from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
 from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, draw_rows, fetch
@@ -127,16 +128,17 @@ class GpuModelRunner(ModelRunner):
 
     def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> tuple[torch.Tensor, bool]:
         """Logits, and whether a graph was replayed, which draws the likeliest tokens too. `sources`: one a slice."""
-        pool = self._pool_tensor()
+        pool, graphs = self._pool_tensor(), self._graphs
+        if graphs is not None and is_decode(slices):
+            arrays = decode_arrays(slices, sources, pool.shape[4])
+            if graphs.holds(arrays):
+                return graphs.replay(arrays), True
         batch = build_batch(slices, pool.shape[4])
         if sources is not None and len(batch.token_ids) > len(slices):
             sources = np.repeat(np.asarray(sources, np.int32), np.diff(batch.row_starts)).tolist()
         attention = self._gpu.attention
         whole = attention.whole_tokens(batch, pool)
         arrays = host_arrays(batch, sources, attention.tile_tokens, whole)
-        graphs = self._graphs
-        if graphs is not None and is_decode(batch) and graphs.holds(arrays):
-            return graphs.replay(arrays), True
         tensors = upload(arrays, self.device)
         largest = int(arrays["tile_counts"].max(initial=0))
         return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole)), False

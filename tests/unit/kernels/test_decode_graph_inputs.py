@@ -1,12 +1,14 @@
 """Padding of captured batches: what graphs read must give the same numbers as an unpadded batch."""
 
+from array import array
 from itertools import pairwise
 
 import pytest
 import torch
 
 from llm.batch import SequenceSlice, build_batch
-from llm.gpu.decode_graphs import GraphInputs, bucket_sizes, is_decode
+from llm.gpu.decode_batch import decode_arrays, is_decode
+from llm.gpu.decode_graphs import GraphInputs, bucket_sizes
 from llm.gpu.device_batch import host_arrays
 from llm.ops.attention import paged_attention as reference
 from tests.fakes.paged_batches import relative_error
@@ -29,9 +31,30 @@ def test_padding_at_large_batches_is_small():
 
 
 def test_only_one_token_each_with_logits_is_a_decode_step():
-    assert is_decode(build_batch([SequenceSlice([1], 4, [0]), SequenceSlice([2], 0, [1])], 16))
-    assert not is_decode(build_batch([SequenceSlice([1, 2], 4, [0])], 16))
-    assert not is_decode(build_batch([SequenceSlice([1], 4, [0], "none")], 16))
+    assert is_decode([SequenceSlice([1], 4, [0]), SequenceSlice([2], 0, [1])])
+    assert not is_decode([SequenceSlice([1, 2], 4, [0])])
+    assert not is_decode([SequenceSlice([1], 4, [0], "none")])
+
+
+@pytest.mark.parametrize("sources", [None, [2, -1, 0]])
+def test_a_decode_step_is_laid_out_as_any_batch(sources):
+    """But for spare blocks, which are not left out: where a sequence's blocks begin is said."""
+    slices = [SequenceSlice([7], 20, [5, 3]), SequenceSlice([9], 0, range(8, 9)), SequenceSlice([1], 47, array("i", [4, 1, 2, 6]))]
+    expected = host_arrays(build_batch(slices, 16), sources, 16)
+    laid = decode_arrays(slices, sources, 16)
+    assert list(laid) == list(expected)
+    for name in expected:
+        assert laid[name].dtype == expected[name].dtype
+        if name not in ("block_ids", "block_starts"):
+            assert laid[name].tolist() == expected[name].tolist(), name
+    for index, item in enumerate(slices):
+        blocks = laid["block_ids"][laid["block_starts"][index] : laid["block_starts"][index + 1]]
+        assert blocks.tolist() == list(item.block_ids)
+
+
+def test_a_decode_step_without_room_in_its_blocks_is_our_bug():
+    with pytest.raises(AssertionError, match="without room"):
+        decode_arrays([SequenceSlice([7], 16, [5]), SequenceSlice([7], 3, [6])], None, 16)
 
 
 def test_a_padded_batch_attends_and_writes_like_its_rows(device):
