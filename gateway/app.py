@@ -12,7 +12,7 @@ from gateway.model_service import ModelServicer, TokenizerServicer
 from gateway.operations_service import OperationsServicer
 from gateway.quarantine import Quarantine
 from gateway.relay import Relay, RelayCounts
-from gateway.routing import PlacementLedger, Role, usable
+from gateway.routing import Capacity, PlacementLedger, Role, decode_capacity, usable
 from gateway.served_model import ServedModel, load_served_model
 from gateway.service import GenerationServicer
 from gateway.settings import GatewaySettings
@@ -35,11 +35,11 @@ class Gateway:
     def __init__(self, model: ServedModel, settings: GatewaySettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._model = model
         self._ledger = PlacementLedger()
-        self._admission = Admission(settings.admission, clock)
+        self._admission = Admission(settings.admission, clock, self._capacity)
         self._ejector = Ejector(clock)
         self.directory = WorkerDirectory(settings.targets, self._on_worker, lost=self._ejector.lost)
         self._fleet = Fleet(self.directory, self._ledger, self._ejector)
-        self._relay = Relay(self._fleet, Quarantine(clock), settings.patience)
+        self._relay = Relay(self._fleet, Quarantine(clock), settings.patience, clock)
         self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests, clock)
         self.server = Server("gateway", settings.server)
         self._add_services()
@@ -94,8 +94,12 @@ class Gateway:
         add(model_pb2_grpc.add_ModelServiceServicer_to_server, ModelServicer(self._model), f"{package}.ModelService")
         add(operations_pb2_grpc.add_OperationsServiceServicer_to_server, operations, f"{package}.OperationsService")
 
+    def _capacity(self) -> Capacity | None:
+        return decode_capacity(self.directory.workers, self._model.digest)
+
     def _on_worker(self, address: str) -> None:
         self._ledger.heard(address)
+        self._admission.capacity_changed()
         ready = not self.draining and all(
             usable(self.directory.workers, role, self._model.digest) for role in (Role.PREFILL, Role.DECODE)
         )

@@ -4,6 +4,8 @@ import asyncio
 import functools
 import itertools
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.attempt import Attempt, Underway
@@ -13,7 +15,7 @@ from gateway.fleet import Fleet
 from gateway.isolation import Isolation, Turn
 from gateway.job import Ending, GenerationJob
 from gateway.quarantine import Quarantine
-from gateway.routing import Placement, Worker, largest_decode_pool
+from gateway.routing import Placement, Worker, largest_decode_pool, seconds_ahead
 from gateway.spans import record_route
 from gateway.timeline import Timeline
 from tandem.errors import Reason, TandemError
@@ -45,10 +47,13 @@ class RelayCounts:
 class Relay:
     """Runs requests on the fleet. Used on the event loop."""
 
-    def __init__(self, fleet: Fleet, quarantine: Quarantine, patience: Patience = Patience()) -> None:
+    def __init__(
+        self, fleet: Fleet, quarantine: Quarantine, patience: Patience = Patience(), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._fleet = fleet
         self._quarantine = quarantine
         self._patience = patience
+        self._clock = clock
         self._isolation = Isolation()
         self.counts = RelayCounts()
 
@@ -59,6 +64,15 @@ class Relay:
     def check(self, job: GenerationJob) -> None:
         """Raises REQUEST_QUARANTINED if workers died under this request before."""
         self._quarantine.check(job)
+
+    def check_deadline(self, job: GenerationJob) -> None:
+        """Raises DEADLINE_EXCEEDED if even half of the work that is ahead of the request in the prefill workers takes too long."""
+        fleet = self._fleet
+        ahead_s = seconds_ahead(fleet.workers, job.model_digest, len(job.token_ids), fleet.ledger)
+        remaining_s = job.deadline - self._clock()
+        if ahead_s / 2 > remaining_s:
+            message = f"the prefill workers have work for {ahead_s:.1f} s before this request, which has {remaining_s:.1f} s"
+            raise TandemError(Reason.DEADLINE_EXCEEDED, message)
 
     async def run(self, job: GenerationJob, completion: Completion, timeline: Timeline) -> Ending:
         """Feeds `completion` until it has ended. Cancelling ends what runs. Raises what the user is to see."""

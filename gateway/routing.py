@@ -236,13 +236,23 @@ def decode_capacity(workers: Collection[Worker], model_digest: str) -> Capacity 
     return Capacity(sum(worker.max_requests or UNBOUNDED for worker in found), sum(worker.pool_tokens for worker in found))
 
 
-def seconds_ahead(workers: Collection[Worker], model_digest: str, ledger: PlacementLedger) -> float:
-    """Until the least busy prefill worker has done what it has now; 0 while none has a measured speed."""
+# Prompts of a size share a worker with others, and wait for no more than so many times their own tokens of those.
+_TOKENS_AHEAD = 4
+
+
+def seconds_ahead(workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger) -> float:
+    """Until the least busy prefill worker comes to a prompt, its own work not included, much of which may be in the prefix cache.
+
+    0 while a worker has no measured speed.
+    """
     found = usable(workers, Role.PREFILL, model_digest)
-    measured = [worker for worker in found if worker.tokens_per_second > 0]
-    if len(measured) < len(found):
+    if any(worker.tokens_per_second <= 0 for worker in found):
         return 0.0
-    return min((_prefill_seconds(worker, 0, 1.0, ledger) for worker in measured), default=0.0)
+    return min((_waiting_tokens(worker, num_tokens, ledger) / worker.tokens_per_second for worker in found), default=0.0)
+
+
+def _waiting_tokens(worker: Worker, num_tokens: int, ledger: PlacementLedger) -> int:
+    return min(worker.queued_tokens + ledger.num_tokens(worker.address), _TOKENS_AHEAD * num_tokens)
 
 
 def _prefill_seconds(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> float:

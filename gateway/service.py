@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 from opentelemetry.trace import Span
 
-from gateway.admission import Admission
+from gateway.admission import Admission, Size
 from gateway.calls import cancel_and_wait
 from gateway.completion import Completion
 from gateway.job import Ending, GenerationJob
@@ -97,7 +97,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _run(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
         self._relay.check(job)
-        async with self._admission.place(len(job.token_ids), job.deadline):
+        self._relay.check_deadline(job)
+        async with self._admission.place(Size(len(job.token_ids), job.stopping.max_tokens), job.deadline):
             await self._stream(job, timeline, context, span)
 
     async def _stream(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
@@ -108,6 +109,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context)
             note_ending(span, ending)
+            self._admission.completed(ending.num_completion_tokens)
         finally:
             await cancel_and_wait(relaying)
 

@@ -32,6 +32,9 @@ class GatewaySettings:
     max_queued_tokens: int = field(
         default=1_000_000, metadata={"help": "most prompt tokens of waiting requests; more are refused", "minimum": 0}
     )
+    max_wait_s: float = field(
+        default=10.0, metadata={"help": "seconds; requests that would wait longer for their turn are refused", "minimum": 0.001}
+    )
     max_deadline_s: float = field(
         default=3600.0, metadata={"help": "longest time for a request, also without a deadline, in seconds", "minimum": 0.001}
     )
@@ -54,7 +57,7 @@ class GatewaySettings:
 
     @property
     def admission(self) -> AdmissionLimits:
-        return AdmissionLimits(self.max_running, self.max_queued, self.max_queued_tokens)
+        return AdmissionLimits(self.max_running, self.max_queued, self.max_queued_tokens, self.max_wait_s)
 
     @property
     def patience(self) -> Patience:

@@ -53,6 +53,7 @@ KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
         "TANDEM_MAX_RUNNING",
         "TANDEM_MAX_QUEUED",
         "TANDEM_MAX_QUEUED_TOKENS",
+        "TANDEM_MAX_WAIT_S",
         "TANDEM_MAX_DEADLINE_S",
         "TANDEM_STALL_LIMIT_S",
     }

@@ -30,6 +30,8 @@ POLICY = (
     "decode_svc.batcher",
     "gateway.routing",
     "gateway.admission",
+    "gateway.drain_rate",
+    "gateway.fair_queue",
     "gateway.failover",
     "gateway.quarantine",
     "gateway.ejection",

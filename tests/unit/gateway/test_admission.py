@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import Admission, AdmissionLimits
+from gateway.admission import Admission, AdmissionLimits, Size
+from gateway.routing import Capacity
 from tandem.errors import Reason, TandemError
 
 FOREVER = float("inf")
@@ -22,7 +23,7 @@ class Client:
         self.task = asyncio.create_task(self._stay(admission, num_tokens))
 
     async def _stay(self, admission: Admission, num_tokens: int) -> None:
-        async with admission.place(num_tokens, FOREVER):
+        async with admission.place(Size(num_tokens, 1), FOREVER):
             self.inside = True
             try:
                 await self.leave.wait()
@@ -58,7 +59,7 @@ async def test_a_full_queue_refuses_at_once(admission: Admission) -> None:
     clients = [Client(admission) for _ in range(5)]
     await settle()
     with pytest.raises(TandemError) as raised:
-        async with admission.place(1, FOREVER):
+        async with admission.place(Size(1), FOREVER):
             pass
     assert raised.value.reason is Reason.QUEUE_FULL
     for client in clients:
@@ -80,7 +81,7 @@ async def test_waiting_tokens_are_bounded_but_running_ones_are_not(admission: Ad
 async def test_a_passed_deadline_is_refused() -> None:
     admission = Admission(AdmissionLimits(1, 1, 1), clock=lambda: 100.0)
     with pytest.raises(TandemError) as raised:
-        async with admission.place(1, 100.0):
+        async with admission.place(Size(1), 100.0):
             pass
     assert raised.value.reason is Reason.DEADLINE_EXCEEDED
 
@@ -138,3 +139,111 @@ async def _random_walk(steps: list[tuple[str, int, int]]) -> None:
     await admission.wait_idle()
     assert admission.num_running == 0
     await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def drained(admission: Admission, clock: Clock, num_waiting: int) -> list[Client]:
+    """One place, which has changed hands every second for a while, and `num_waiting` that still wait."""
+    clients = [Client(admission) for _ in range(num_waiting + 12)]
+    await settle()
+    for client in clients[:11]:
+        clock.now += 1.0
+        client.leave.set()
+        await settle()
+    assert admission.num_queued == num_waiting
+    return clients
+
+
+def steady(clock: Clock, max_wait_s: float = 10.0) -> Admission:
+    return Admission(AdmissionLimits(1, 100, 10_000, max_wait_s), clock)
+
+
+async def refusal(admission: Admission, deadline: float) -> TandemError:
+    with pytest.raises(TandemError) as raised:
+        async with admission.place(Size(1), deadline):
+            pass
+    return raised.value
+
+
+async def test_a_deadline_that_waiting_would_use_up_is_refused_at_once() -> None:
+    clock = Clock()
+    admission = steady(clock)
+    clients = await drained(admission, clock, 4)
+    assert (await refusal(admission, clock.now + 9.0)).reason is Reason.DEADLINE_EXCEEDED
+    patient = asyncio.create_task(refusal(admission, clock.now + 20.0))
+    await settle()
+    assert admission.num_queued == 5  # it waits
+    patient.cancel()
+    await leave(clients, admission)
+
+
+async def test_a_wait_that_is_too_long_is_refused_with_the_time_that_it_takes_to_drain() -> None:
+    clock = Clock()
+    admission = steady(clock, max_wait_s=5.0)
+    clients = await drained(admission, clock, 8)
+    error = await refusal(admission, FOREVER)
+    assert error.reason is Reason.QUEUE_FULL
+    assert error.retry_after_s == pytest.approx(9.0, rel=0.1)
+    await leave(clients, admission)
+
+
+async def test_what_has_expired_in_the_queue_never_begins() -> None:
+    clock = Clock()
+    admission = steady(clock)
+    first = Client(admission)
+    await settle()
+    late = asyncio.create_task(refusal(admission, 5.0))
+    await settle()
+    clock.now = 6.0
+    first.leave.set()
+    assert (await late).reason is Reason.DEADLINE_EXCEEDED
+    assert admission.num_running == 0
+
+
+async def test_no_more_run_than_the_decode_workers_hold() -> None:
+    capacity: list[Capacity | None] = [Capacity(num_requests=3, num_tokens=1000)]
+    admission = Admission(AdmissionLimits(100, 100, 100_000), capacity=lambda: capacity[0])
+    clients = [Client(admission, 10) for _ in range(5)]
+    await settle()
+    assert admission.num_running == 3
+    capacity[0] = Capacity(num_requests=4, num_tokens=1000)
+    admission.capacity_changed()
+    await settle()
+    assert admission.num_running == 4
+    await leave(clients, admission)
+
+
+async def test_tokens_count_too_but_one_request_always_runs() -> None:
+    admission = Admission(AdmissionLimits(100, 100, 100_000), capacity=lambda: Capacity(num_requests=50, num_tokens=1000))
+    clients = [Client(admission, 5000), Client(admission, 400), Client(admission, 400)]
+    await settle()
+    assert [client.inside for client in clients] == [True, False, False]
+    clients[0].leave.set()
+    await settle()
+    assert [client.inside for client in clients] == [False, True, True]
+    await leave(clients, admission)
+
+
+async def test_completions_are_taken_to_be_as_long_as_they_were() -> None:
+    admission = Admission(AdmissionLimits(100, 100, 100_000), capacity=lambda: Capacity(num_requests=50, num_tokens=1000))
+    for _ in range(200):
+        admission.completed(900)
+    clients = []
+    async with admission.place(Size(1, 2000), FOREVER):
+        clients.append(Client(admission, 100))
+        await settle()
+        assert admission.num_queued == 1
+    await leave(clients, admission)
+
+
+async def leave(clients: list[Client], admission: Admission) -> None:
+    for client in clients:
+        client.leave.set()
+    await admission.wait_idle()

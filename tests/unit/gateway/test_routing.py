@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.routing import Layout, PlacementLedger, Role, Worker, choose, largest_decode_pool, usable
+from gateway.routing import (
+    Capacity,
+    Layout,
+    PlacementLedger,
+    Role,
+    Wishes,
+    Worker,
+    choose,
+    decode_capacity,
+    largest_decode_pool,
+    seconds_ahead,
+    usable,
+)
 from gateway.targets import Target, parse_target
 from tandem.errors import Reason, TandemError
 
@@ -136,3 +148,43 @@ def test_targets(text: str, target: Target) -> None:
 def test_malformed_targets(text: str) -> None:
     with pytest.raises(ValueError, match="neither"):
         parse_target(text)
+
+
+def test_decode_capacity_is_what_all_usable_workers_hold() -> None:
+    other = replace(DECODE, address="d2:1", max_requests=10)
+    assert decode_capacity([PREFILL, DECODE, other], "model") == Capacity(74, 3200)
+    assert decode_capacity([replace(DECODE, ready=False)], "model") is None
+
+
+def test_seconds_ahead_are_those_of_the_least_busy_and_never_more_than_a_fair_share() -> None:
+    busy = replace(PREFILL, queued_tokens=1000)
+    assert seconds_ahead([busy, replace(busy, address="p2:1", queued_tokens=500)], "model", 1000, PlacementLedger()) == 5.0
+    assert seconds_ahead([busy], "model", 100, PlacementLedger()) == 4.0
+    assert seconds_ahead([busy, replace(PREFILL, address="p2:1", tokens_per_second=0.0)], "model", 1000, PlacementLedger()) == 0.0
+    assert seconds_ahead([], "model", 1000, PlacementLedger()) == 0.0
+
+
+def test_who_failed_lately_is_the_last_choice_and_who_refused_none() -> None:
+    other = replace(DECODE, address="d2:1", running_requests=50)
+    workers = [PREFILL, DECODE, other]
+
+    def decode_of(wishes: Wishes) -> str:
+        return choose(workers, "model", 100, PlacementLedger(), wishes).decode.address
+
+    assert decode_of(Wishes(avoided={"d1:1"})) == "d2:1"
+    assert decode_of(Wishes(avoided={"d1:1", "d2:1"})) == "d1:1"
+    assert decode_of(Wishes(without={"d1:1"}, avoided={"d2:1"})) == "d2:1"
+    with pytest.raises(TandemError, match="2 tried already"):
+        decode_of(Wishes(without={"d1:1", "d2:1"}))
+
+
+def test_a_prompt_goes_to_where_its_prefix_is_unless_that_worker_is_full_or_avoided() -> None:
+    other = replace(PREFILL, address="p2:1", queued_tokens=500)
+    workers = [PREFILL, other, DECODE]
+
+    def prefill_of(workers: list[Worker], wishes: Wishes) -> str:
+        return choose(workers, "model", 100, PlacementLedger(), wishes).prefill.address
+
+    assert prefill_of(workers, Wishes(preferred="p2:1")) == "p2:1"
+    assert prefill_of(workers, Wishes(preferred="p2:1", avoided={"p2:1"})) == "p1:1"
+    assert prefill_of([PREFILL, replace(other, running_requests=64), DECODE], Wishes(preferred="p2:1")) == "p1:1"

@@ -1,0 +1,95 @@
+"""Waiting requests in classes by size; each class gets an equal share of the tokens that are let in. Pure policy."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Waiting(Generic[T]):
+    """One that waits, with whatever its owner wants to find it by."""
+
+    num_tokens: int
+    item: T
+
+    @property
+    def size_class(self) -> int:
+        """Sizes within a factor of four are one class."""
+        return self.num_tokens.bit_length() // 2
+
+
+@dataclass
+class _Class(Generic[T]):
+    """`served` counts the tokens let in, on a scale on which all classes that have somebody waiting can be compared."""
+
+    served: int = 0
+    waiting: deque[Waiting[T]] = field(default_factory=deque)
+
+
+class FairQueue(Generic[T]):
+    """Within a class first come, first served. Between classes the one that has had least comes next.
+
+    So a flood of long prompts delays a short one by at most about one of them, and a flood of short ones does not starve the long.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[int, _Class[T]] = {}
+        self._served = 0
+        self.num_waiting = 0
+        self.num_tokens = 0
+
+    def push(self, waiting: Waiting[T]) -> None:
+        mine = self._classes.setdefault(waiting.size_class, _Class())
+        if not mine.waiting:
+            mine.served = max(mine.served, self._served)  # having wanted nothing gives no claim
+        mine.waiting.append(waiting)
+        self._count(waiting, 1)
+
+    def peek(self) -> Waiting[T] | None:
+        """Whose turn is next."""
+        chosen = self._next_class()
+        return None if chosen is None else chosen.waiting[0]
+
+    def pop(self) -> Waiting[T]:
+        """Lets the next one in. IndexError if nobody waits."""
+        chosen = self._next_class()
+        if chosen is None:
+            raise IndexError("nobody waits")
+        self._served = chosen.served
+        first = chosen.waiting.popleft()
+        chosen.served += max(first.num_tokens, 1)
+        self._count(first, -1)
+        return first
+
+    def remove(self, waiting: Waiting[T]) -> bool:
+        """Whether it was still there."""
+        mine = self._classes.get(waiting.size_class)
+        if mine is None or waiting not in mine.waiting:
+            return False
+        mine.waiting.remove(waiting)
+        self._count(waiting, -1)
+        return True
+
+    def num_before(self, newcomer: Waiting[T]) -> int:
+        """About how many would be let in before a newcomer: those of its class, and of each other class as many as get as much."""
+        tokens, number = 0, 0
+        mine = self._classes.get(newcomer.size_class)
+        if mine is not None:
+            number = len(mine.waiting)
+            tokens = sum(each.num_tokens for each in mine.waiting)
+        tokens += newcomer.num_tokens
+        for size_class, other in self._classes.items():
+            if size_class != newcomer.size_class:
+                number += sum(so_far <= tokens for so_far in accumulate(each.num_tokens for each in other.waiting))
+        return number
+
+    def _next_class(self) -> _Class[T] | None:
+        wanting = [each for each in self._classes.values() if each.waiting]
+        return min(wanting, key=lambda each: (each.served, each.waiting[0].num_tokens), default=None)
+
+    def _count(self, waiting: Waiting[T], sign: int) -> None:
+        self.num_waiting += sign
+        self.num_tokens += sign * waiting.num_tokens
