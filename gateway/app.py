@@ -4,15 +4,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 from gateway.admission import Admission
 from gateway.ejection import Ejector
 from gateway.fleet import Fleet
 from gateway.model_service import ModelServicer, TokenizerServicer
-from gateway.operations_service import OperationsServicer
+from gateway.operations_service import GatewayCounts, OperationsServicer
 from gateway.quarantine import Quarantine
-from gateway.relay import Relay, RelayCounts
-from gateway.routing import Capacity, PlacementLedger, Role, decode_capacity, usable
+from gateway.relay import Relay
+from gateway.routing import Capacity, PlacementLedger, RequestCounts, Role, decode_capacity, usable
 from gateway.served_model import ServedModel, load_served_model
 from gateway.service import GenerationServicer
 from gateway.settings import GatewaySettings
@@ -28,6 +29,8 @@ from tandem.server import Server, StartError
 
 logger = logging.getLogger(__name__)
 
+GENERATE = "/tandem.api.v1.GenerationService/Generate"
+
 
 class Gateway:
     """The gateway of one model. Made, started and closed on the event loop. `clock` gives monotonic seconds."""
@@ -37,9 +40,10 @@ class Gateway:
         self._ledger = PlacementLedger()
         self._admission = Admission(settings.admission, clock, self._capacity)
         self._ejector = Ejector(clock)
+        self._quarantine = Quarantine(clock)
         self.directory = WorkerDirectory(settings.targets, self._on_worker, lost=self._ejector.lost)
         self._fleet = Fleet(self.directory, self._ledger, self._ejector)
-        self._relay = Relay(self._fleet, Quarantine(clock), settings.patience, clock)
+        self._relay = Relay(self._fleet, self._quarantine, settings.patience, clock)
         self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests, clock)
         self.server = Server("gateway", settings.server)
         self._add_services()
@@ -56,12 +60,18 @@ class Gateway:
         return self._admission.num_running + self._admission.num_queued
 
     @property
-    def relay_counts(self) -> RelayCounts:
-        return self._relay.counts
-
-    @property
     def draining(self) -> bool:
         return self._generation.draining
+
+    def counts(self) -> GatewayCounts:
+        """How requests have ended, and what lost workers have led to."""
+        return GatewayCounts(
+            requests=RequestCounts(**asdict(self.server.counts_of(GENERATE))),
+            num_retries=self._relay.counts.num_retries,
+            num_migrations=self._relay.counts.num_migrations,
+            num_quarantined=self._quarantine.num_added,
+            num_ejections=self._ejector.num_ejections,
+        )
 
     async def stop(self) -> None:
         """Ends a gateway that was started but does not wait for signals."""
@@ -85,7 +95,7 @@ class Gateway:
 
     def _add_services(self) -> None:
         package = "tandem.api.v1"
-        operations = OperationsServicer(self._admission, self.directory)
+        operations = OperationsServicer(self._admission, self.directory, self.counts)
         add = self.server.add
         add(generation_pb2_grpc.add_GenerationServiceServicer_to_server, self._generation, f"{package}.GenerationService")
         add(

@@ -4,14 +4,14 @@ import asyncio
 import itertools
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import grpc
 import grpc.aio
 
 from gateway.admission import Admission
-from gateway.routing import Condition, Role, Worker
+from gateway.routing import Condition, RequestCounts, Role, Worker
 from gateway.workers import WorkerDirectory
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
 from tandem.errors import Reason, TandemError, invalid_field
@@ -32,20 +32,40 @@ _CONDITIONS = {
 }
 
 
+@dataclass(frozen=True)
+class GatewayCounts:
+    """Since the gateway started; see GetSuiteResponse."""
+
+    requests: RequestCounts
+    num_retries: int
+    num_migrations: int
+    num_quarantined: int
+    num_ejections: int
+
+
 class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
     """Answers operators' tools."""
 
-    def __init__(self, admission: Admission, directory: WorkerDirectory) -> None:
+    def __init__(self, admission: Admission, directory: WorkerDirectory, counts: Callable[[], GatewayCounts]) -> None:
         self._admission = admission
+        self._counts = counts
         self._directory = directory
 
     async def GetSuite(
         self, request: operations_pb2.GetSuiteRequest, context: grpc.aio.ServicerContext
     ) -> operations_pb2.GetSuiteResponse:
+        counts = self._counts()
         return operations_pb2.GetSuiteResponse(
             running_requests=self._admission.num_running,
             queued_requests=self._admission.num_queued,
             workers=[_summary(worker) for worker in self._directory.workers],
+            requests=operations_pb2.RequestCounts(**asdict(counts.requests)),
+            failover=operations_pb2.FailoverCounts(
+                retries=counts.num_retries,
+                migrations=counts.num_migrations,
+                quarantined=counts.num_quarantined,
+                ejections=counts.num_ejections,
+            ),
         )
 
     async def GetTrace(

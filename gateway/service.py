@@ -17,6 +17,7 @@ from gateway.pending import PendingOutput
 from gateway.prompts import prompt_tokens
 from gateway.relay import Relay
 from gateway.request_id import new_request_id
+from gateway.running_keys import RunningKeys
 from gateway.served_model import ServedModel
 from gateway.spans import note_ending, note_job, note_request, request_span
 from gateway.timeline import Timeline
@@ -46,6 +47,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._relay = relay
         self._limits = limits
         self._clock = clock
+        self._running_keys = RunningKeys()
         self.draining = False
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -57,7 +59,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request_id = new_request_id()
         try:
             async with asyncio.timeout(remaining_s):
-                with request_span(request_id, self._model) as span:
+                with self._running_keys.held(request.idempotency_key), request_span(request_id, self._model) as span:
                     job = await self._prepare(request, request_id, self._clock() + remaining_s, span)
                     timeline.tokenized()
                     await self._run(job, timeline, context, span)

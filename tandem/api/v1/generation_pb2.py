@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/api/v1/generation.proto\x12\rtandem.api.v1\"\x9c\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.tandem.api.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x13.tandem.api.v1.ChatH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.StoppingParams\x12,\n\x06output\x18\x07 \x01(\x0b\x32\x1c.tandem.api.v1.OutputOptionsB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"4\n\x04\x43hat\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.tandem.api.v1.ChatMessage\"E\n\x0b\x43hatMessage\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.tandem.api.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"s\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x83\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.tandem.api.v1.DeltaH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.tandem.api.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.tandem.api.v1.TokenLogprob\x12+\n\x06prompt\x18\x05 \x01(\x0b\x32\x1b.tandem.api.v1.PromptOutput\"^\n\x0cPromptOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.tandem.api.v1.TokenLogprob\"h\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12&\n\x03top\x18\x04 \x03(\x0b\x32\x19.tandem.api.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x85\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tandem.api.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.tandem.api.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.tandem.api.v1.Timings\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xea\x01\n\x07Timings\x12\x13\n\x0btokenize_us\x18\x01 \x01(\x03\x12\x18\n\x10gateway_queue_us\x18\x02 \x01(\x03\x12\x18\n\x10prefill_queue_us\x18\x03 \x01(\x03\x12\x12\n\nprefill_us\x18\x04 \x01(\x03\x12\x12\n\nhandoff_us\x18\x05 \x01(\x03\x12\x17\n\x0f\x64\x65\x63ode_queue_us\x18\x06 \x01(\x03\x12\x11\n\tdecode_us\x18\x07 \x01(\x03\x12\x15\n\rhandoff_bytes\x18\x08 \x01(\x03\x12+\n\ttransport\x18\t \x01(\x0e\x32\x18.tandem.api.v1.Transport*|\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03\x12\x12\n\x0e\x43HAT_ROLE_TOOL\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*x\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x11\n\rTRANSPORT_SHM\x10\x01\x12\x11\n\rTRANSPORT_TCP\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x12\x12\n\x0eTRANSPORT_NCCL\x10\x04\x32\x62\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.tandem.api.v1.GenerateRequest\x1a\x1f.tandem.api.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/api/v1/generation.proto\x12\rtandem.api.v1\"\xb5\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.tandem.api.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x13.tandem.api.v1.ChatH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12/\n\x08stopping\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.StoppingParams\x12,\n\x06output\x18\x07 \x01(\x0b\x32\x1c.tandem.api.v1.OutputOptions\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\tB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"4\n\x04\x43hat\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.tandem.api.v1.ChatMessage\"E\n\x0b\x43hatMessage\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.tandem.api.v1.ChatRole\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"s\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x83\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.tandem.api.v1.DeltaH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.tandem.api.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.tandem.api.v1.TokenLogprob\x12+\n\x06prompt\x18\x05 \x01(\x0b\x32\x1b.tandem.api.v1.PromptOutput\"^\n\x0cPromptOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.tandem.api.v1.TokenLogprob\"h\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12&\n\x03top\x18\x04 \x03(\x0b\x32\x19.tandem.api.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x85\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tandem.api.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.tandem.api.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.tandem.api.v1.Timings\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xea\x01\n\x07Timings\x12\x13\n\x0btokenize_us\x18\x01 \x01(\x03\x12\x18\n\x10gateway_queue_us\x18\x02 \x01(\x03\x12\x18\n\x10prefill_queue_us\x18\x03 \x01(\x03\x12\x12\n\nprefill_us\x18\x04 \x01(\x03\x12\x12\n\nhandoff_us\x18\x05 \x01(\x03\x12\x17\n\x0f\x64\x65\x63ode_queue_us\x18\x06 \x01(\x03\x12\x11\n\tdecode_us\x18\x07 \x01(\x03\x12\x15\n\rhandoff_bytes\x18\x08 \x01(\x03\x12+\n\ttransport\x18\t \x01(\x0e\x32\x18.tandem.api.v1.Transport*|\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03\x12\x12\n\x0e\x43HAT_ROLE_TOOL\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*x\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x11\n\rTRANSPORT_SHM\x10\x01\x12\x11\n\rTRANSPORT_TCP\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x12\x12\n\x0eTRANSPORT_NCCL\x10\x04\x32\x62\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.tandem.api.v1.GenerateRequest\x1a\x1f.tandem.api.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATROLE']._serialized_start=2113
-  _globals['_CHATROLE']._serialized_end=2237
-  _globals['_FINISHREASON']._serialized_start=2239
-  _globals['_FINISHREASON']._serialized_end=2334
-  _globals['_TRANSPORT']._serialized_start=2336
-  _globals['_TRANSPORT']._serialized_end=2456
+  _globals['_CHATROLE']._serialized_start=2138
+  _globals['_CHATROLE']._serialized_end=2262
+  _globals['_FINISHREASON']._serialized_start=2264
+  _globals['_FINISHREASON']._serialized_end=2359
+  _globals['_TRANSPORT']._serialized_start=2361
+  _globals['_TRANSPORT']._serialized_end=2481
   _globals['_GENERATEREQUEST']._serialized_start=50
-  _globals['_GENERATEREQUEST']._serialized_end=334
-  _globals['_TOKENIDS']._serialized_start=336
-  _globals['_TOKENIDS']._serialized_end=359
-  _globals['_CHAT']._serialized_start=361
-  _globals['_CHAT']._serialized_end=413
-  _globals['_CHATMESSAGE']._serialized_start=415
-  _globals['_CHATMESSAGE']._serialized_end=484
-  _globals['_SAMPLINGPARAMS']._serialized_start=487
-  _globals['_SAMPLINGPARAMS']._serialized_end=825
-  _globals['_STOPPINGPARAMS']._serialized_start=828
-  _globals['_STOPPINGPARAMS']._serialized_end=982
-  _globals['_OUTPUTOPTIONS']._serialized_start=984
-  _globals['_OUTPUTOPTIONS']._serialized_end=1099
-  _globals['_GENERATERESPONSE']._serialized_start=1102
-  _globals['_GENERATERESPONSE']._serialized_end=1233
-  _globals['_DELTA']._serialized_start=1236
-  _globals['_DELTA']._serialized_end=1383
-  _globals['_PROMPTOUTPUT']._serialized_start=1385
-  _globals['_PROMPTOUTPUT']._serialized_end=1479
-  _globals['_TOKENLOGPROB']._serialized_start=1481
-  _globals['_TOKENLOGPROB']._serialized_end=1585
-  _globals['_TOPLOGPROB']._serialized_start=1587
-  _globals['_TOPLOGPROB']._serialized_end=1649
-  _globals['_FINISHED']._serialized_start=1652
-  _globals['_FINISHED']._serialized_end=1785
-  _globals['_USAGE']._serialized_start=1787
-  _globals['_USAGE']._serialized_end=1874
-  _globals['_TIMINGS']._serialized_start=1877
-  _globals['_TIMINGS']._serialized_end=2111
-  _globals['_GENERATIONSERVICE']._serialized_start=2458
-  _globals['_GENERATIONSERVICE']._serialized_end=2556
+  _globals['_GENERATEREQUEST']._serialized_end=359
+  _globals['_TOKENIDS']._serialized_start=361
+  _globals['_TOKENIDS']._serialized_end=384
+  _globals['_CHAT']._serialized_start=386
+  _globals['_CHAT']._serialized_end=438
+  _globals['_CHATMESSAGE']._serialized_start=440
+  _globals['_CHATMESSAGE']._serialized_end=509
+  _globals['_SAMPLINGPARAMS']._serialized_start=512
+  _globals['_SAMPLINGPARAMS']._serialized_end=850
+  _globals['_STOPPINGPARAMS']._serialized_start=853
+  _globals['_STOPPINGPARAMS']._serialized_end=1007
+  _globals['_OUTPUTOPTIONS']._serialized_start=1009
+  _globals['_OUTPUTOPTIONS']._serialized_end=1124
+  _globals['_GENERATERESPONSE']._serialized_start=1127
+  _globals['_GENERATERESPONSE']._serialized_end=1258
+  _globals['_DELTA']._serialized_start=1261
+  _globals['_DELTA']._serialized_end=1408
+  _globals['_PROMPTOUTPUT']._serialized_start=1410
+  _globals['_PROMPTOUTPUT']._serialized_end=1504
+  _globals['_TOKENLOGPROB']._serialized_start=1506
+  _globals['_TOKENLOGPROB']._serialized_end=1610
+  _globals['_TOPLOGPROB']._serialized_start=1612
+  _globals['_TOPLOGPROB']._serialized_end=1674
+  _globals['_FINISHED']._serialized_start=1677
+  _globals['_FINISHED']._serialized_end=1810
+  _globals['_USAGE']._serialized_start=1812
+  _globals['_USAGE']._serialized_end=1899
+  _globals['_TIMINGS']._serialized_start=1902
+  _globals['_TIMINGS']._serialized_end=2136
+  _globals['_GENERATIONSERVICE']._serialized_start=2483
+  _globals['_GENERATIONSERVICE']._serialized_end=2581
 # @@protoc_insertion_point(module_scope)

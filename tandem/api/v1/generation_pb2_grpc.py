@@ -51,13 +51,17 @@ class GenerationServiceServicer:
 
         The stream is zero or more deltas, then exactly one `finished`, then OK. A failure is a gRPC status with a
         google.rpc.ErrorInfo, never a message. Cancelling the call stops the work in every process and frees what it held.
-        Not idempotent: two calls are two generations, equal only if `seed` is given or temperature is 0.
+        Not idempotent: two calls are two generations, equal only if `seed` is given or temperature is 0. With an idempotency_key a
+        second call is refused while the first one runs.
 
         INVALID_ARGUMENT: a field is out of range, see google.rpc.BadRequest; fix the request.
         NOT_FOUND: the model is not served here; see ModelService.ListModels.
+        ALREADY_EXISTS: a request with the same idempotency_key is running.
         RESOURCE_EXHAUSTED: the queue is full or the client reads too slowly; retry after google.rpc.RetryInfo.
         UNAVAILABLE: no worker could take the request; retry after google.rpc.RetryInfo.
-        DEADLINE_EXCEEDED: the call's deadline, or the server's cap when none was given, has passed.
+        ABORTED: workers were lost after the first token and none came back in time; ErrorInfo says how many tokens were delivered.
+        DEADLINE_EXCEEDED: the call's deadline, or the server's cap when none was given, has passed, or would while waiting.
+        INTERNAL: a bug of ours; with REQUEST_QUARANTINED worker after worker was lost under this very request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

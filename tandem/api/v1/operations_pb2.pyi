@@ -35,14 +35,30 @@ class GetSuiteRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetSuiteResponse(_message.Message):
-    __slots__ = ("running_requests", "queued_requests", "workers")
+    __slots__ = ("running_requests", "queued_requests", "workers", "requests", "failover")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FAILOVER_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     queued_requests: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerSummary]
-    def __init__(self, running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerSummary, _Mapping]]] = ...) -> None: ...
+    requests: RequestCounts
+    failover: FailoverCounts
+    def __init__(self, running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerSummary, _Mapping]]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ..., failover: _Optional[_Union[FailoverCounts, _Mapping]] = ...) -> None: ...
+
+class FailoverCounts(_message.Message):
+    __slots__ = ("retries", "migrations", "quarantined", "ejections")
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    EJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    retries: int
+    migrations: int
+    quarantined: int
+    ejections: int
+    def __init__(self, retries: _Optional[int] = ..., migrations: _Optional[int] = ..., quarantined: _Optional[int] = ..., ejections: _Optional[int] = ...) -> None: ...
 
 class WorkerSummary(_message.Message):
     __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests")

@@ -53,7 +53,7 @@ async def test_a_prefill_worker_lost_before_the_first_token_is_replaced(make_sui
     assert answer.error is None
     assert answer.token_ids == expected(10)
     assert [request.attempt for request in second.requests] == [2]
-    assert suite.gateway.relay_counts.num_retries == 1
+    assert suite.gateway.counts().num_retries == 1
     await suite.all_idle()
 
 
@@ -98,7 +98,7 @@ async def test_nothing_tells_a_moved_stream_from_a_quiet_one(make_suite: MakeSui
     moved = await interrupted(suite, first, phase, **fields)
     quiet = await suite.generate(**{"text": "hello", "stopping": {"max_tokens": 10}, **fields})
     assert shape(moved) == shape(quiet)
-    assert suite.gateway.relay_counts.num_migrations == 1
+    assert suite.gateway.counts().num_migrations == 1
 
 
 async def test_a_resumed_prefill_gives_its_prompt_once_and_may_use_its_cache(make_suite: MakeSuite) -> None:
