@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kvtransfer.mapped_file import UnmappableError
 from kvtransfer.peers import Peer, Peers
 from kvtransfer.ticket import CudaIpcOffer, KvTicket, ShmOffer, TcpOffer
-from kvtransfer.transports.shm import ShmUnavailableError
 from llm.kv.device_memory import DeviceMemoryError
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -46,7 +46,7 @@ class Chooser:
             try:
                 reason = await self._try(name, ticket, peer)
                 return TransportChoice(name, reason or "; ".join(against) or "preferred here")
-            except (NotOfferedError, ShmUnavailableError, DeviceMemoryError) as error:
+            except (NotOfferedError, UnmappableError, DeviceMemoryError) as error:
                 against.append(str(error))
         message = f"no way to fetch the blocks: {'; '.join(against)}"
         raise TandemError(Reason.KV_LAYOUT_MISMATCH, message, metadata={"producer_id": ticket.producer_id})
@@ -57,16 +57,25 @@ class Chooser:
             case "cuda_ipc":
                 memory = _offer_of(ticket, CudaIpcOffer, name).memory
                 _check_bounds(ticket, memory.num_bytes)
+                self._fence(ticket, peer)
                 opened = await self._peers.open(peer, memory, self._device)
                 return "same GPU, opened" if opened.on_same_device else "same host, read from GPU to GPU"
             case "shm":
                 offer = _offer_of(ticket, ShmOffer, name)
                 _check_bounds(ticket, offer.pool_bytes)
-                self._peers.map(peer, offer)
+                self._peers.map(peer, offer.file)
+                self._fence(ticket, peer)
                 return "same host, mapped read-only"
             case _:
                 _offer_of(ticket, TcpOffer, name)
                 return ""
+
+    def _fence(self, ticket: KvTicket, peer: Peer) -> None:
+        if ticket.fence is None:
+            raise NotOfferedError("producer does not fence its blocks")
+        fence = self._peers.fence(peer, ticket.fence.file)
+        if max(ticket.block_ids) >= fence.num_blocks:
+            raise NotOfferedError("ticket names blocks that are not fenced")
 
 
 def usable(transports: Sequence[str], pool: KvPool) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class ControlClient:
             async with asyncio.timeout(answer_s):
                 await call.initial_metadata()
             async for response in call:
-                frame = frame_from_proto(response)
+                frame = frame_from_proto(response, ticket)
                 if frame is not None:
                     yield frame
         except grpc.aio.AioRpcError as error:

@@ -8,13 +8,16 @@ import grpc.aio
 import torch
 
 from kvtransfer.control import ControlClient
+from kvtransfer.fence import Fence
 from kvtransfer.lifeline import Lifeline
+from kvtransfer.mapped_file import UnmappableError, is_gone
 from kvtransfer.pull_state import StalledPullError
-from kvtransfer.ticket import HeartbeatPort, KvTicket, ShmOffer, TcpOffer
-from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
+from kvtransfer.ticket import HeartbeatPort, KvTicket, TcpOffer
+from kvtransfer.transports.shm import Mapping
 from kvtransfer.transports.tcp import TcpClient
 from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
 from llm.kv.exported_memory import ExportedMemory
+from llm.kv.memory_file import MemoryFile
 from tandem.errors import TandemError
 
 Lifelines = Callable[[HeartbeatPort, str], Lifeline]
@@ -32,6 +35,7 @@ class Peer:
         self.announced = ""
         """The choice of transport that was logged last."""
         self.mapping: Mapping | None = None
+        self.fence: Fence | None = None
         self.opening: asyncio.Task[ImportedMemory] | None = None
         """Opens its GPU memory; that is tried once."""
         self._tcp: TcpClient | None = None
@@ -86,7 +90,7 @@ class Peer:
         """Whether the process is known to have ended."""
         if self.memory is not None and self.memory.producer_is_gone:
             return True
-        return self.lost or (self.mapping is not None and producer_is_gone(self.mapping))
+        return self.lost or (self.mapping is not None and is_gone(self.mapping.file))
 
     @property
     def memory(self) -> ImportedMemory | None:
@@ -97,6 +101,8 @@ class Peer:
     async def close(self) -> None:
         if self.mapping is not None:
             self.mapping.close()
+        if self.fence is not None:
+            self.fence.close()
         if self.opening is not None:
             await asyncio.wait([self.opening])
         if self.memory is not None:
@@ -141,15 +147,23 @@ class Peers:
             if peer.num_users == 0 and self._peers.get(ticket.address) is not peer:
                 self._close_soon(peer)
 
-    def map(self, peer: Peer, offer: ShmOffer) -> Mapping:
-        """The peer's pool. Raises ShmUnavailableError, also if the offer is not the one that this very producer made before."""
+    def map(self, peer: Peer, file: MemoryFile) -> Mapping:
+        """The peer's pool. Raises UnmappableError, also if the file is not the one that this very producer offered before."""
         if peer.mapping is None:
-            if any(other.mapping is not None and other.mapping.offer == offer for other in self._peers.values()):
-                raise ShmUnavailableError("offered memory is that of another producer (producer id differs)")
-            peer.mapping = Mapping(offer)
-        if peer.mapping.offer != offer:
-            raise ShmUnavailableError("producer has offered other memory before under the same id")
+            if any(other.mapping is not None and other.mapping.file == file for other in self._peers.values()):
+                raise UnmappableError("offered memory is that of another producer (producer id differs)")
+            peer.mapping = Mapping(file)
+        if peer.mapping.file != file:
+            raise UnmappableError("producer has offered other memory before under the same id")
         return peer.mapping
+
+    def fence(self, peer: Peer, file: MemoryFile) -> Fence:
+        """The peer's table of block generations. Raises UnmappableError as `map` does."""
+        if peer.fence is None:
+            peer.fence = Fence(file)
+        if peer.fence.file != file:
+            raise UnmappableError("producer has offered another table of block generations before under the same id")
+        return peer.fence
 
     async def open(self, peer: Peer, exported: ExportedMemory, device: torch.device) -> ImportedMemory:
         """The peer's GPU memory, opened for `device`; takes a tenth of a second at the first time.

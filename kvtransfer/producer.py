@@ -17,7 +17,17 @@ from kvtransfer.outbox import Checksummer, Outbox
 from kvtransfer.pulse import Pulse
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
-from kvtransfer.ticket import TRANSPORTS, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer, check_names
+from kvtransfer.ticket import (
+    TRANSPORTS,
+    BlockFence,
+    CudaIpcOffer,
+    HeartbeatPort,
+    KvTicket,
+    ShmOffer,
+    TcpOffer,
+    TransportOffer,
+    check_names,
+)
 from kvtransfer.transports.tcp_server import TcpServer
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -61,6 +71,7 @@ class KvProducer:
         self.identity = identity
         self.transports = usable(check_names(transports), pool)
         self.block_tokens = pool.layout.block_tokens
+        self.block_bytes = pool.layout.block_bytes
         self._pool = pool
         self._lease_s = lease_s
         self._clock = clock
@@ -121,6 +132,7 @@ class KvProducer:
             offers=self._offers,
             address=identity.address,
             heartbeat=self._heartbeat,
+            fence=self._fence(block_ids),
         )
         self._outboxes[ticket.ticket_id] = Outbox(self._ledger.grant(ticket.ticket_id, epoch, block_ids))
         self._idle.clear()
@@ -224,6 +236,10 @@ class KvProducer:
         if name == "shm" and shared is not None:
             return ShmOffer(shared.pid, shared.fd, shared.inode, shared.boot_id, shared.num_bytes)
         return TcpOffer(self._advertised_host, tcp_port)
+
+    def _fence(self, block_ids: Sequence[int]) -> BlockFence | None:
+        table = self._pool.generations
+        return None if table.shared is None else BlockFence(table.shared, table.of(block_ids))
 
     def _changed(self, ticket_id: str) -> None:
         """Wakes the ticket's readers, and forgets a ticket that the ledger has done with."""

@@ -178,11 +178,12 @@ class KvPuller:
             assert offer is not None, "tcp is chosen only if offered"
             return await peer.tcp(offer).fetch(self._stage, pull)
         frames = peer.control.frames(ticket, state.num_verified, RESUME_TIMEOUT_S if state.num_resumed else None)
+        assert peer.fence is not None, "choosing such a transport maps the fence"
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"
-            return await shm.fetch(frames, peer.mapping, self._blocks, pull)
+            return await shm.fetch(frames, peer.mapping, peer.fence, self._blocks, pull)
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
-        return await cuda_ipc.fetch(frames, peer.memory, self._blocks, pull)
+        return await cuda_ipc.fetch(frames, peer.memory, peer.fence, self._blocks, pull)
 
     def _result(self, choice: TransportChoice, first_token_id: int, state: PullState) -> PullResult:
         num_bytes = state.num_verified * self._layout.block_bytes

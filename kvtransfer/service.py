@@ -21,7 +21,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         frames = self._producer.frames(request.ticket_id, request.epoch, request.first_block_index)
         async with aclosing(frames):
             async for frame in frames:
-                await context.write(frame_to_proto(frame))
+                await context.write(frame_to_proto(frame, request.ticket_id, self._producer.block_bytes))
 
     async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseResponse:
         self._producer.release(request.ticket_id, request.epoch)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvLayout
+from llm.kv.memory_file import MemoryFile
 
 TRANSPORTS = ("cuda_ipc", "shm", "tcp")
 """All that there are, best first."""
@@ -22,6 +23,10 @@ class ShmOffer:
     inode: int
     boot_id: str
     pool_bytes: int
+
+    @property
+    def file(self) -> MemoryFile:
+        return MemoryFile(self.pid, self.fd, self.inode, self.boot_id, self.pool_bytes)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class HeartbeatPort:
 
     host: str
     port: int
+
+
+@dataclass(frozen=True)
+class BlockFence:
+    """The producer's table of block generations, and what the ticket's blocks have there while they are its own."""
+
+    file: MemoryFile
+    generations: tuple[int, ...]
 
 
 TransportOffer = CudaIpcOffer | ShmOffer | TcpOffer
@@ -71,6 +84,8 @@ class KvTicket:
     address: str
     heartbeat: HeartbeatPort | None = None
     """None: the lease is not renewed."""
+    fence: BlockFence | None = None
+    """None: the blocks may not be read from the producer's memory."""
     checksum_algorithm: ChecksumAlgorithm = "xxh3_64"
 
 

@@ -1,10 +1,13 @@
 """Tickets, layouts and frames as protobuf messages, and back."""
 
+from kvtransfer.checksum import block_checksum
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.packets import MAX_TEXT_BYTES
-from kvtransfer.ticket import CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
+from kvtransfer.pull_state import InterruptedPullError
+from kvtransfer.ticket import BlockFence, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvDtype, KvLayout
+from llm.kv.memory_file import MemoryFile
 from tandem.errors import Reason, TandemError, invalid_field
 from tandem.worker.v1 import kv_pb2
 
@@ -45,7 +48,7 @@ def layout_from_proto(message: kv_pb2.KvLayout) -> KvLayout:
 
 
 def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
-    heartbeat = ticket.heartbeat
+    heartbeat, fence = ticket.heartbeat, ticket.fence
     return kv_pb2.KvTicket(
         ticket_id=ticket.ticket_id,
         epoch=ticket.epoch,
@@ -60,6 +63,7 @@ def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
         offers=[_offer_to_proto(offer) for offer in ticket.offers],
         address=ticket.address,
         heartbeat=None if heartbeat is None else kv_pb2.HeartbeatPort(host=heartbeat.host, port=heartbeat.port),
+        fence=None if fence is None else _fence_to_proto(fence),
     )
 
 
@@ -86,29 +90,65 @@ def ticket_from_proto(message: kv_pb2.KvTicket) -> KvTicket:
         offers=tuple(offer for offer in offers if offer is not None),
         address=message.address,
         heartbeat=HeartbeatPort(message.heartbeat.host, message.heartbeat.port) if message.HasField("heartbeat") else None,
+        fence=_fence_from_proto(message.fence, len(message.block_ids)) if message.HasField("fence") else None,
     )
 
 
-def frame_to_proto(frame: Frame) -> kv_pb2.PullResponse:
+def frame_to_proto(frame: Frame, ticket_id: str, block_bytes: int) -> kv_pb2.PullResponse:
     match frame:
-        case BlocksFrame(epoch, first_block_index, checksums):
-            blocks = kv_pb2.BlocksReady(epoch=epoch, first_block_index=first_block_index, checksums=checksums)
+        case BlocksFrame(epoch, first, checksums):
+            blocks = kv_pb2.BlocksReady(
+                epoch=epoch, first_block_index=first, checksums=checksums, ticket_id=ticket_id, block_bytes=block_bytes
+            )
             return kv_pb2.PullResponse(blocks=blocks)
-        case EndFrame(epoch, first_token_id):
-            return kv_pb2.PullResponse(end=kv_pb2.PullEnd(epoch=epoch, first_token_id=first_token_id))
+        case EndFrame(epoch, token):
+            checksum = end_checksum(ticket_id, epoch, token)
+            return kv_pb2.PullResponse(
+                end=kv_pb2.PullEnd(epoch=epoch, first_token_id=token, ticket_id=ticket_id, checksum=checksum)
+            )
         case _:
             raise AssertionError("gRPC has its own sign of life")
 
 
-def frame_from_proto(message: kv_pb2.PullResponse) -> Frame | None:
-    """None for a kind of frame that this version does not know."""
+def frame_from_proto(message: kv_pb2.PullResponse, ticket: KvTicket) -> Frame | None:
+    """None for a kind of frame that this version does not know. Raises InterruptedPullError for one that is not the ticket's."""
     match message.WhichOneof("frame"):
         case "blocks":
-            return BlocksFrame(message.blocks.epoch, message.blocks.first_block_index, tuple(message.blocks.checksums))
+            blocks = message.blocks
+            if (blocks.ticket_id, blocks.block_bytes) != (ticket.ticket_id, ticket.layout.block_bytes):
+                raise InterruptedPullError("a frame of another ticket, or of blocks of another length")
+            return BlocksFrame(blocks.epoch, blocks.first_block_index, tuple(blocks.checksums))
         case "end":
-            return EndFrame(message.end.epoch, message.end.first_token_id)
+            end = message.end
+            if end.ticket_id != ticket.ticket_id or end.checksum != end_checksum(end.ticket_id, end.epoch, end.first_token_id):
+                raise InterruptedPullError("the last frame is damaged, or another ticket's")
+            return EndFrame(end.epoch, end.first_token_id)
         case _:
             return None
+
+
+def end_checksum(ticket_id: str, epoch: int, first_token_id: int) -> int:
+    """No block's checksum covers what the last frame says."""
+    return block_checksum(ticket_id.encode() + epoch.to_bytes(4) + first_token_id.to_bytes(4))
+
+
+def _fence_to_proto(fence: BlockFence) -> kv_pb2.BlockFence:
+    file = fence.file
+    return kv_pb2.BlockFence(
+        pid=file.pid,
+        fd=file.fd,
+        inode=file.inode,
+        boot_id=file.boot_id,
+        table_bytes=file.num_bytes,
+        generations=fence.generations,
+    )
+
+
+def _fence_from_proto(message: kv_pb2.BlockFence, num_blocks: int) -> BlockFence:
+    if len(message.generations) != num_blocks:
+        raise invalid_field("ticket.fence.generations", "must be one for each block")
+    file = MemoryFile(message.pid, message.fd, message.inode, message.boot_id, message.table_bytes)
+    return BlockFence(file, tuple(message.generations))
 
 
 def _offer_to_proto(offer: TransportOffer) -> kv_pb2.TransportOffer:

@@ -44,7 +44,7 @@ def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSetting
     pool = KvPool.create(layout, count, runner_settings.device)
     runner.attach(pool)
     runner.warm_up(report)
-    allocator = BlockAllocator(pool.tensor.shape[0], kv.block_tokens, prefix_cache=kv.prefix_cache)
+    allocator = BlockAllocator(pool.num_blocks, kv.block_tokens, kv.prefix_cache, pool.generations.bump)
     return LoadedModel(runner, pool, allocator, layout, saturating_tokens)
 
 

@@ -1,7 +1,7 @@
 """Who holds which KV block, and which blocks of finished prompts can serve again. Pure bookkeeping: no tensors."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llm.kv.prefix_hash import ROOT, BlockHash, PromptBytes
@@ -29,12 +29,16 @@ class BlockAllocator:
 
     A block that nobody references is free. If it was committed it keeps its content, and is found by later prompts that begin
     alike, until it is needed: free blocks without content go first, then the least recently used. Not thread-safe: the owner locks.
+    `handed_out(block)` is called before a block's content may change: readers outside must learn of it first.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_tokens: int, prefix_cache: bool = True, handed_out: Callable[[int], None] = lambda block: None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._prefix_cache = prefix_cache
+        self._handed_out = handed_out
         self._references = [0] * num_blocks
         # A stack: what was freed last has its memory pages, and perhaps its cache lines, at hand.
         self._empty = list(range(num_blocks - 1, -1, -1))
@@ -130,6 +134,7 @@ class BlockAllocator:
 
     def _take(self) -> int:
         block = self._empty.pop() if self._empty else self._evict()
+        self._handed_out(block)
         self._references[block] = 1
         return block
 

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
-import sys
-from dataclasses import dataclass
 
 import torch
 
 from llm.kv.device_memory import DeviceMemory
 from llm.kv.exported_memory import ExportedMemory
-from llm.kv.host_identity import boot_id
+from llm.kv.generations import BlockGenerations
 from llm.kv.layout import KvLayout
+from llm.kv.memory_file import MemoryFile, allocate
 
 MEMORY_NAME = "tandem-kv"
 """Name of the pool's memory file; seen in /proc only."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# F_ADD_SEALS and the seals against resizing (Linux, fcntl.h): with them no reader of the pool can be hit by SIGBUS.
-_ADD_SEALS = 1033
-_NO_RESIZE = 0x1 | 0x2 | 0x4
-
-
-@dataclass(frozen=True)
-class SharedPool:
-    """How another process of this host finds the pool's memory."""
-
-    pid: int
-    fd: int
-    inode: int
-    boot_id: str
-    num_bytes: int
 
 
 class KvPool:
@@ -49,7 +32,7 @@ class KvPool:
         layout: KvLayout,
         tensor: torch.Tensor,
         memory: mmap.mmap | None = None,
-        shared: SharedPool | None = None,
+        shared: MemoryFile | None = None,
         device_memory: DeviceMemory | None = None,
     ) -> None:
         self.layout = layout
@@ -62,6 +45,8 @@ class KvPool:
         self._memory = memory
         self._device_memory = device_memory
         self._bytes = None if memory is None else memoryview(memory)
+        self.generations = BlockGenerations(self.num_blocks)
+        """Whoever hands out blocks that others may read by a ticket bumps theirs."""
 
     @classmethod
     def create(cls, layout: KvLayout, num_blocks: int, device: str = "cpu") -> KvPool:
@@ -70,7 +55,7 @@ class KvPool:
         num_bytes = num_blocks * layout.block_bytes
         if where.type == "cuda":
             return cls.over(layout, DeviceMemory(num_bytes, where))
-        memory, shared = _allocate(num_bytes)
+        memory, shared = allocate(MEMORY_NAME, num_bytes)
         tensor = torch.frombuffer(memory, dtype=_DTYPES[layout.dtype])
         return cls(layout, tensor.view(num_blocks, *layout.block_shape), memory, shared)
 
@@ -100,6 +85,7 @@ class KvPool:
         if self.shared is not None:
             os.close(self.shared.fd)
         self.shared = None
+        self.generations.close()
         self.tensor = torch.empty(0)
         # Whoever still has a tensor or view of the memory keeps it mapped; the last of them unmaps it.
         with contextlib.suppress(BufferError):
@@ -117,17 +103,3 @@ def blocks_in(memory: torch.Tensor, layout: KvLayout) -> torch.Tensor:
     """A tensor of bytes as one of blocks; a rest that holds no whole block is left out."""
     num_blocks = memory.numel() // layout.block_bytes
     return memory[: num_blocks * layout.block_bytes].view(_DTYPES[layout.dtype]).view(num_blocks, *layout.block_shape)
-
-
-def _allocate(num_bytes: int) -> tuple[mmap.mmap, SharedPool | None]:
-    if sys.platform != "linux":
-        return mmap.mmap(-1, num_bytes), None
-    fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, num_bytes)
-        fcntl.fcntl(fd, _ADD_SEALS, _NO_RESIZE)
-        memory = mmap.mmap(fd, num_bytes)
-    except BaseException:
-        os.close(fd)
-        raise
-    return memory, SharedPool(os.getpid(), fd, os.fstat(fd).st_ino, boot_id(), num_bytes)

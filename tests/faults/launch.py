@@ -92,7 +92,7 @@ def _load_fake(environ: Mapping[str, str]) -> Any:
         kv = next(part for part in parts if isinstance(part, KvSettings))
         num_blocks = kv.kv_blocks or 2048
         pool = KvPool.create(LAYOUT, num_blocks)
-        allocator = BlockAllocator(num_blocks, LAYOUT.block_tokens, prefix_cache=kv.prefix_cache)
+        allocator = BlockAllocator(num_blocks, LAYOUT.block_tokens, kv.prefix_cache, pool.generations.bump)
         return LoadedModel(PacedRunner(pool, next_letter), pool, allocator, LAYOUT)  # type: ignore[arg-type]
 
     return load

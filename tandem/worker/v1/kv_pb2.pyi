@@ -26,7 +26,7 @@ CHECKSUM_ALGORITHM_UNSPECIFIED: ChecksumAlgorithm
 CHECKSUM_ALGORITHM_XXH3_64: ChecksumAlgorithm
 
 class KvTicket(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address", "heartbeat")
+    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address", "heartbeat", "fence")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class KvTicket(_message.Message):
     OFFERS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     epoch: int
     producer_id: str
@@ -53,7 +54,24 @@ class KvTicket(_message.Message):
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     address: str
     heartbeat: HeartbeatPort
-    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ..., heartbeat: _Optional[_Union[HeartbeatPort, _Mapping]] = ...) -> None: ...
+    fence: BlockFence
+    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ..., heartbeat: _Optional[_Union[HeartbeatPort, _Mapping]] = ..., fence: _Optional[_Union[BlockFence, _Mapping]] = ...) -> None: ...
+
+class BlockFence(_message.Message):
+    __slots__ = ("pid", "fd", "inode", "boot_id", "table_bytes", "generations")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    INODE_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    TABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    inode: int
+    boot_id: str
+    table_bytes: int
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., inode: _Optional[int] = ..., boot_id: _Optional[str] = ..., table_bytes: _Optional[int] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatPort(_message.Message):
     __slots__ = ("host", "port")
@@ -148,22 +166,30 @@ class PullResponse(_message.Message):
     def __init__(self, blocks: _Optional[_Union[BlocksReady, _Mapping]] = ..., end: _Optional[_Union[PullEnd, _Mapping]] = ...) -> None: ...
 
 class BlocksReady(_message.Message):
-    __slots__ = ("epoch", "first_block_index", "checksums")
+    __slots__ = ("epoch", "first_block_index", "checksums", "ticket_id", "block_bytes")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     first_block_index: int
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., first_block_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    ticket_id: str
+    block_bytes: int
+    def __init__(self, epoch: _Optional[int] = ..., first_block_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., ticket_id: _Optional[str] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class PullEnd(_message.Message):
-    __slots__ = ("epoch", "first_token_id")
+    __slots__ = ("epoch", "first_token_id", "ticket_id", "checksum")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     first_token_id: int
-    def __init__(self, epoch: _Optional[int] = ..., first_token_id: _Optional[int] = ...) -> None: ...
+    ticket_id: str
+    checksum: int
+    def __init__(self, epoch: _Optional[int] = ..., first_token_id: _Optional[int] = ..., ticket_id: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("ticket_id", "epoch")

@@ -10,9 +10,10 @@ import pytest
 
 from kvtransfer import host_blocks
 from kvtransfer import producer as producer_module
+from kvtransfer import puller as puller_module
 from kvtransfer.control import ControlClient
 from kvtransfer.counters import ProducerCounters, PullCounters
-from kvtransfer.pull_state import InterruptedPullError
+from kvtransfer.pull_state import InterruptedPullError, PullState
 from kvtransfer.ticket import KvTicket
 from tandem.channels import open_internal_channel
 from tandem.errors import Reason, TandemError, from_rpc_error
@@ -260,12 +261,14 @@ async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkey
 
 
 @both_transports
-async def test_a_lost_producer_is_an_interrupted_transfer(transport: str) -> None:
+async def test_a_lost_producer_is_an_interrupted_transfer(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[PullState] = []
+    monkeypatch.setattr(puller_module, "PullState", lambda *arguments: states.append(PullState(*arguments)) or states[-1])
     async with transfer(transport) as at:
         ticket = at.grant()
         at.producer.progress(ticket.ticket_id, 3)
         pulling = asyncio.create_task(at.puller.pull(ticket, MINE))
-        await at.until(lambda: at.target.block_view(MINE[2]) == at.source.block_view(2))
+        await at.until(lambda: bool(states) and states[0].num_verified == 3)
         await at.server.stop(None)
         assert at.producer._tcp is not None
         await at.producer._tcp.close()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvtransfer.mapped_file import UnmappableError, is_gone
 from kvtransfer.ticket import ShmOffer
-from kvtransfer.transports.shm import Mapping, ShmUnavailableError, producer_is_gone
+from kvtransfer.transports.shm import Mapping
 from tests.service.kvtransfer.harness import LAYOUT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pools are shared on Linux only")
@@ -38,18 +39,18 @@ def producer() -> Iterator[tuple[subprocess.Popen[str], ShmOffer]]:
 def test_a_killed_producer_leaves_nothing_once_it_is_unmapped(producer: tuple[subprocess.Popen[str], ShmOffer]) -> None:
     process, offer = producer
     files_before = sorted(Path("/dev/shm").iterdir())
-    mapping = Mapping(offer)
+    mapping = Mapping(offer.file)
     assert mapping.block(1, LAYOUT.block_bytes) == bytes([7]) * LAYOUT.block_bytes
     assert not any(mapping.block(2, LAYOUT.block_bytes))
     with pytest.raises(TypeError):
         mapping.block(1, LAYOUT.block_bytes)[0] = 1
-    assert not producer_is_gone(mapping)
+    assert not is_gone(offer.file)
     process.kill()
     process.wait()
-    assert producer_is_gone(mapping)
+    assert is_gone(offer.file)
     assert mapping.block(1, LAYOUT.block_bytes)[0] == 7
     mapping.close()
     assert "tandem-kv" not in Path("/proc/self/maps").read_text()
     assert sorted(Path("/dev/shm").iterdir()) == files_before
-    with pytest.raises(ShmUnavailableError, match="not visible"):
-        Mapping(offer)
+    with pytest.raises(UnmappableError, match="not visible"):
+        Mapping(offer.file)

@@ -73,7 +73,7 @@ async def test_a_producer_is_mapped_once_and_dropped_when_another_takes_its_plac
             await at.puller.pull(at.complete(), range(20, 28))
         (peer,) = at.puller._peers._peers.values()
         mapping = peer.mapping
-        assert mapping is not None and mapping.offer == at.complete().offers[0]
+        assert mapping is not None and mapping.file == at.complete().offers[0].file
         successor = replace(at.complete(), producer_id="restarted")
         assert (await at.puller.choose(successor)).transport == "shm"
         (new,) = at.puller._peers._peers.values()

@@ -88,7 +88,8 @@ class Pair:
 async def node(kind: str, num_blocks: int = 64, grace_s: float = 1.0, **settings: object) -> AsyncIterator[Node]:
     """A running worker of a kind, "prefill" or "decode"."""
     pool = KvPool.create(LAYOUT, num_blocks)
-    runner, allocator = FakeRunner(pool), BlockAllocator(num_blocks, LAYOUT.block_tokens, prefix_cache=kind == "prefill")
+    runner = FakeRunner(pool)
+    allocator = BlockAllocator(num_blocks, LAYOUT.block_tokens, kind == "prefill", pool.generations.bump)
     loaded = LoadedModel(runner, pool, allocator, LAYOUT)  # type: ignore[arg-type]
     server = ServerSettings(port=free_port("127.0.0.1"), grace_s=grace_s)
     if kind == "prefill":

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.ticket import HeartbeatPort, KvTicket, ShmOffer, TcpOffer, check_names
+from kvtransfer.pull_state import InterruptedPullError
+from kvtransfer.ticket import BlockFence, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, check_names
 from kvtransfer.wire import frame_from_proto, frame_to_proto, ticket_from_proto, ticket_to_proto
 from llm.kv.layout import KvLayout
+from llm.kv.memory_file import MemoryFile
 from tandem.errors import Reason, TandemError
 from tandem.worker.v1 import kv_pb2
 
@@ -24,7 +26,9 @@ TICKET = KvTicket(
     offers=(ShmOffer(12, 3, 2**63, "boot", 2**40), TcpOffer("host", 65535)),
     address="host:1",
     heartbeat=HeartbeatPort("host", 65535),
+    fence=BlockFence(MemoryFile(12, 4, 2**63, "boot", 2**40), (0, 1, 2**64 - 1)),
 )
+SIZE = TICKET.layout.block_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -36,16 +40,36 @@ def test_tickets(dtype: str) -> None:
 
 @pytest.mark.parametrize("frame", [BlocksFrame(3, 5, (0, 2**64 - 1)), EndFrame(3, 49151)])
 def test_frames(frame: Frame) -> None:
-    assert frame_from_proto(frame_to_proto(frame)) == frame
+    message = kv_pb2.PullResponse.FromString(frame_to_proto(frame, TICKET.ticket_id, SIZE).SerializeToString())
+    assert frame_from_proto(message, TICKET) == frame
+
+
+@pytest.mark.parametrize("frame", [BlocksFrame(3, 5, (0, 2**64 - 1)), EndFrame(3, 49151)])
+def test_a_frame_of_another_ticket_is_no_frame(frame: Frame) -> None:
+    for ticket_id, size in (("b" * 32, SIZE), ("", SIZE), (TICKET.ticket_id, SIZE - 1)):
+        if isinstance(frame, BlocksFrame) or size == SIZE:
+            with pytest.raises(InterruptedPullError):
+                frame_from_proto(frame_to_proto(frame, ticket_id, size), TICKET)
+
+
+def test_no_flipped_bit_in_the_last_frame_goes_unnoticed() -> None:
+    whole = frame_to_proto(EndFrame(3, 49151), TICKET.ticket_id, SIZE)
+    for name, bits in (("epoch", 32), ("first_token_id", 32), ("checksum", 64)):
+        for bit in range(bits):
+            damaged = kv_pb2.PullResponse.FromString(whole.SerializeToString())
+            setattr(damaged.end, name, getattr(damaged.end, name) ^ (1 << bit))
+            with pytest.raises(InterruptedPullError):
+                frame_from_proto(damaged, TICKET)
 
 
 def test_what_a_later_version_adds_is_skipped() -> None:
     message = ticket_to_proto(TICKET)
     message.offers.add()
-    message.ClearField("heartbeat")
-    assert ticket_from_proto(message).heartbeat is None
+    for name in ("heartbeat", "fence"):
+        message.ClearField(name)
+        assert getattr(ticket_from_proto(message), name) is None
     assert ticket_from_proto(message).offers == TICKET.offers
-    assert frame_from_proto(kv_pb2.PullResponse()) is None
+    assert frame_from_proto(kv_pb2.PullResponse(), TICKET) is None
 
 
 @pytest.mark.parametrize("name", ["ticket_id", "producer_id", "address", "num_tokens"])
@@ -75,3 +99,11 @@ def test_transport_names_are_checked() -> None:
     for names in ([], ["shm", "pigeon"]):
         with pytest.raises(ValueError, match="shm, tcp"):
             check_names(names)
+
+
+def test_a_fence_has_one_generation_for_each_block() -> None:
+    message = ticket_to_proto(TICKET)
+    message.fence.generations.append(1)
+    with pytest.raises(TandemError) as caught:
+        ticket_from_proto(message)
+    assert caught.value.violations[0].field == "ticket.fence.generations"

@@ -176,3 +176,21 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 TestAllocator = AllocatorMachine.TestCase
 TestAllocator.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def test_blocks_are_announced_before_their_content_may_change_and_only_then() -> None:
+    """Blocks that the prefix cache hands on are not: others read them by their tickets."""
+    handed_out: list[int] = []
+    allocator = BlockAllocator(4, BLOCK_TOKENS, True, handed_out.append)
+    tokens = list(range(BLOCK_TOKENS + 1))
+    first = allocator.allocate_prompt(tokens)
+    assert sorted(handed_out) == sorted(first.block_ids)
+    allocator.commit(tokens, first.block_ids, len(tokens))
+    allocator.free(first.block_ids)
+    handed_out.clear()
+    second = allocator.allocate_prompt(tokens)
+    assert handed_out == [second.block_ids[1]] and second.block_ids[0] == first.block_ids[0]
+    allocator.free(second.block_ids)
+    handed_out.clear()
+    allocator.allocate(4)
+    assert sorted(handed_out) == [0, 1, 2, 3]
