@@ -14,8 +14,8 @@ from decode_svc.batcher import SequenceState
 from decode_svc.engine import DecodeEngine
 from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
 from kvtransfer.puller import KvPuller, PullResult
-from kvtransfer.ticket import TRANSPORTS, KvTicket
-from kvtransfer.wire import ticket_from_proto
+from kvtransfer.ticket import KvTicket
+from kvtransfer.wire import TRANSPORT_NUMBERS, ticket_from_proto
 from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
 from tandem.attempts import Attempts
@@ -31,7 +31,6 @@ _FINISH_REASONS = {
     EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
     EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
-_TRANSPORTS = {name: generation_pb2.Transport.Value(f"TRANSPORT_{name.upper()}") for name in TRANSPORTS}
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -136,7 +135,7 @@ class _DecodeRun:
         self._trace_pull(pulled)
         await self.write(
             kv_ready=decode_pb2.KvReady(
-                transport=_TRANSPORTS[pulled.transport],
+                transport=TRANSPORT_NUMBERS[pulled.transport],
                 pulled_bytes=pulled.num_bytes,
                 pull_us=pulled.pull_us,
                 refetched_blocks=pulled.num_refetched,

@@ -10,7 +10,7 @@ from decode_svc.kernels.choice import gpu_settings
 from decode_svc.service import DecodeServicer
 from decode_svc.settings import DecodeSettings
 from kvtransfer.puller import KvPuller
-from kvtransfer.wire import layout_to_proto
+from kvtransfer.wire import layout_to_proto, pulls_to_proto
 from llm.device import choose_device
 from llm.errors import DeviceError, UnsupportedModelError, WeightsError
 from llm.kv.device_memory import DeviceMemoryError
@@ -139,6 +139,7 @@ class DecodeWorker:
             free_blocks=load.num_free_blocks,
             tokens_per_second=load.tokens_per_second,
             requests=self._server.counts_of("/tandem.worker.v1.DecodeService/Decode"),
+            handoff=pulls_to_proto(self._puller.counters()),
         )
 
     async def _drain(self) -> None:
@@ -155,7 +156,7 @@ class DecodeWorker:
         self._loaded.pool.close()
 
     def _works(self) -> dict[str, Work]:
-        return {"engine": self._engine.thread.work()}
+        return {"engine": self._engine.thread.work(), "hand-off": self._puller.work()}
 
     def _judged(self, healthy: bool) -> None:
         self._server.set_ready(healthy)

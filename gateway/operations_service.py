@@ -58,7 +58,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         return operations_pb2.GetSuiteResponse(
             running_requests=self._admission.num_running,
             queued_requests=self._admission.num_queued,
-            workers=[_summary(worker) for worker in self._directory.workers],
+            workers=[_summary(worker, self._directory.handoff(worker.address)) for worker in self._directory.workers],
             requests=operations_pb2.RequestCounts(**asdict(counts.requests)),
             failover=operations_pb2.FailoverCounts(
                 retries=counts.num_retries,
@@ -96,7 +96,7 @@ def _start_ns(span: operations_pb2.Span) -> int:
     return int(span.start_time.ToNanoseconds())
 
 
-def _summary(worker: Worker) -> operations_pb2.WorkerSummary:
+def _summary(worker: Worker, handoff: operations_pb2.HandoffCounts | None) -> operations_pb2.WorkerSummary:
     return operations_pb2.WorkerSummary(
         address=worker.address,
         worker_id=worker.worker_id,
@@ -113,4 +113,5 @@ def _summary(worker: Worker) -> operations_pb2.WorkerSummary:
         transports=worker.transports,
         condition=_CONDITIONS[worker.condition],
         requests=operations_pb2.RequestCounts(**asdict(worker.requests)),
+        handoff=handoff,
     )

@@ -49,6 +49,8 @@ class _Watched:
     sequence_number: int = 0
     named_by: set[Target] = field(default_factory=set)
     holders: list[Callable[[], object]] = field(default_factory=list)
+    handoff: operations_pb2.HandoffCounts | None = None
+    """What it said last of its hand-offs; passed on to operators as it is."""
 
 
 class WorkerDirectory:
@@ -105,6 +107,10 @@ class WorkerDirectory:
         if watched is not None and watched.worker.worker_id == worker.worker_id:
             watched.worker = replace(watched.worker, ready=False)
             self._changed(worker.address)
+
+    def handoff(self, address: str) -> operations_pb2.HandoffCounts | None:
+        """What a worker said last of its hand-offs."""
+        return self._watched[address].handoff
 
     def start(self) -> None:
         for role, target in self._targets:
@@ -200,6 +206,7 @@ class WorkerDirectory:
         if watched.worker.worker_id not in ("", response.worker_id):
             self._lose(watched, "another worker has taken its place")
         watched.sequence_number = response.sequence_number
+        watched.handoff = response.handoff
         watched.worker = worker_from(watched.worker, response)
         if watched.worker.condition is Condition.STALLED and self._has_another(watched.worker):
             _let_go(watched)

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 from kvtransfer.blocks import Blocks
 from kvtransfer.frames import MAX_BLOCKS_PER_FRAME, BlocksFrame, EndFrame, Frame, WaitFrame
 from kvtransfer.ledger import Entry, not_found
+from kvtransfer.threads import WatchedThreads
 from tandem.errors import TandemError
+from tandem.progress import Work
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Checksummer:
     def __init__(self, blocks: Blocks, failed: Callable[[Outbox, BaseException], None]) -> None:
         self._blocks = blocks
         self._failed = failed
-        self._threads = ThreadPoolExecutor(CHECKSUM_THREADS, "kv-checksum")
+        self._threads = WatchedThreads(CHECKSUM_THREADS, "kv-checksum")
         self._threads.submit(blocks.warm_up)
 
     def submit(self, outbox: Outbox) -> None:
@@ -93,6 +95,10 @@ class Checksummer:
             report = partial(self._done, outbox, first)
             job.add_done_callback(partial(_on_loop, loop, report))
         outbox.num_submitted = ready
+
+    def work(self) -> Work:
+        """Whether checksums are being taken, and how many jobs are done."""
+        return self._threads.work()
 
     async def close(self) -> None:
         """Waits for the jobs under way."""

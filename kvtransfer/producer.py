@@ -31,6 +31,7 @@ from kvtransfer.ticket import (
 from kvtransfer.transports.tcp_server import TcpServer
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
+from tandem.progress import Work
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,10 @@ class KvProducer:
             silenced=self._num_silenced,
             refused_connections=self._heart.num_refused + (0 if self._tcp is None else self._tcp.num_refused),
         )
+
+    def work(self) -> Work:
+        """Whether blocks are being made ready for consumers, and how far that is."""
+        return self._checksummer.work()
 
     def grant(self, epoch: int, num_tokens: int, block_ids: Sequence[int]) -> KvTicket:
         """A ticket for blocks that will hold `num_tokens` tokens; takes over one reference to each block."""

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc.aio
@@ -19,11 +18,13 @@ from kvtransfer.peers import Lifelines, Peer, Peers
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PulledTickets, PullState
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
+from kvtransfer.threads import WatchedThreads
 from kvtransfer.ticket import TRANSPORTS, KvTicket, TcpOffer, check_names
 from kvtransfer.transports import cuda_ipc, shm
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
+from tandem.progress import Work
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class KvPuller:
         self._tally = PullTally()
         self._pulled = PulledTickets(clock)
         self._chooser = Chooser(check_names(transports), pool, self._peers)
-        self._threads = ThreadPoolExecutor(THREADS, "kv-pull")
+        self._threads = WatchedThreads(THREADS, "kv-pull")
         self._threads.submit(self._blocks.warm_up)
 
     def check(self, ticket: KvTicket) -> None:
@@ -117,6 +118,10 @@ class KvPuller:
     def counters(self) -> tuple[PullCounters, ...]:
         """What was pulled since the start, by producer and transport."""
         return self._tally.rows()
+
+    def work(self) -> Work:
+        """Whether blocks that are here are being taken in, and how far that is. What a producer holds up does not count."""
+        return self._threads.work()
 
     async def release(self, ticket: KvTicket) -> None:
         """Ends the lease. Idempotent. Raises the producer's error, or WORKER_LOST or DEADLINE_EXCEEDED."""

@@ -1,13 +1,18 @@
 """Tickets, layouts and frames as protobuf messages, and back."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+
 from kvtransfer.checksum import block_checksum
+from kvtransfer.counters import ProducerCounters, PullCounters
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.packets import MAX_TEXT_BYTES
 from kvtransfer.pull_state import InterruptedPullError
-from kvtransfer.ticket import BlockFence, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
+from kvtransfer.ticket import TRANSPORTS, BlockFence, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvDtype, KvLayout
 from llm.kv.memory_file import MemoryFile
+from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.errors import Reason, TandemError, invalid_field
 from tandem.worker.v1 import kv_pb2
 
@@ -17,6 +22,24 @@ _DTYPES: dict[KvDtype, kv_pb2.KvDtype] = {
     "float16": kv_pb2.KV_DTYPE_FLOAT16,
 }
 _DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}
+
+TRANSPORT_NUMBERS = {name: generation_pb2.Transport.Value(f"TRANSPORT_{name.upper()}") for name in TRANSPORTS}
+
+
+def tickets_to_proto(counters: ProducerCounters) -> operations_pb2.HandoffCounts:
+    """What a prefill worker says of its hand-offs."""
+    return operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(**asdict(counters)))
+
+
+def pulls_to_proto(rows: Sequence[PullCounters]) -> operations_pb2.HandoffCounts:
+    """What a decode worker says of its hand-offs."""
+    return operations_pb2.HandoffCounts(pulls=[_pull_to_proto(row) for row in rows])
+
+
+def _pull_to_proto(row: PullCounters) -> operations_pb2.PullCounts:
+    counts = asdict(row)
+    producer_id, transport = counts.pop("producer_id"), TRANSPORT_NUMBERS[counts.pop("transport")]
+    return operations_pb2.PullCounts(worker_id=producer_id, transport=transport, **counts)
 
 
 def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:

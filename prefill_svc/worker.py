@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.service import KvTransferServicer
-from kvtransfer.wire import layout_to_proto
+from kvtransfer.wire import layout_to_proto, tickets_to_proto
 from llm.device import choose_device
 from llm.errors import DeviceError, UnsupportedModelError, WeightsError
 from llm.kv.device_memory import DeviceMemoryError
@@ -152,6 +152,7 @@ class PrefillWorker:
             free_blocks=load.num_free_blocks,
             tokens_per_second=load.tokens_per_second,
             requests=self._server.counts_of("/tandem.worker.v1.PrefillService/Prefill"),
+            handoff=tickets_to_proto(self._producer.counters()),
         )
 
     async def _drain(self) -> None:
@@ -173,7 +174,7 @@ class PrefillWorker:
         held_up = load.num_waiting > 0 and load.num_running == 0
         # A decode worker that has died keeps blocks from others for one lease.
         admission = Work(held_up, load.num_admitted, excused_s=self._settings.transfer.lease_s + 1.0)
-        return {"engine": self._engine.thread.work(), "admission": admission}
+        return {"engine": self._engine.thread.work(), "admission": admission, "hand-off": self._producer.work()}
 
     def _judged(self, healthy: bool) -> None:
         self._server.set_ready(healthy)

@@ -46,6 +46,7 @@ class WorkerSnapshot:
     free_blocks: int
     tokens_per_second: float
     requests: CallCounts = field(default_factory=CallCounts)
+    handoff: operations_pb2.HandoffCounts | None = None
 
 
 def condition(server: Server) -> operations_pb2.WorkerCondition:
@@ -131,6 +132,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             transports=identity.transports,
             condition=snapshot.condition,
             requests=operations_pb2.RequestCounts(**asdict(snapshot.requests)),
+            handoff=snapshot.handoff,
         )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tandem.api.v1 import operations_pb2
 from tandem.cli.client import QUICK_S, Gateway, connect, run_command
+from tandem.cli.streaming import TRANSPORTS
 from tandem.cli.terminal import output
 
 _REFRESH_S = 1.0
@@ -19,7 +20,10 @@ _ROLES = {operations_pb2.WORKER_ROLE_PREFILL: "prefill", operations_pb2.WORKER_R
 _LOAD = ("worker", "address", "state", "running", "queued", "free blocks", "tok/s")
 _MAKE = ("worker", "address", "state", "device", "weights", "transports")
 _ENDINGS = ("received", "ok", "cancelled", "rejected", "failed")
-_NUMERIC = frozenset({"running", "queued", "free blocks", "tok/s", *_ENDINGS})
+_TICKETS = ("granted", "released", "expired", "aborted", "stale", "silenced")
+_PULLS = ("pulled", "pulled_blocks", "refetched", "checksum_failures", "stale", "damaged", "resumed", "interrupted")
+_PULL_TITLES = tuple(name.replace("_", " ") for name in _PULLS)
+_NUMERIC = frozenset({"running", "queued", "free blocks", "tok/s", *_ENDINGS, *_TICKETS, *_PULL_TITLES})
 _CONDITIONS = {operations_pb2.WORKER_CONDITION_DRAINING: "draining", operations_pb2.WORKER_CONDITION_STALLED: "stalled"}
 
 
@@ -52,7 +56,7 @@ def suite_table(address: str, suite: operations_pb2.GetSuiteResponse) -> Rendera
         return Group(head, Text("The gateway knows of no workers.", style="yellow"))
     load = _table(_LOAD, [_load_of(worker) for worker in _sorted(suite)])
     endings = _table(("worker", "address", *_ENDINGS), [_endings_of(worker) for worker in _sorted(suite)])
-    return Group(head, "", load, "", endings, "", workers_table(suite))
+    return Group(head, "", load, "", endings, "", *_handoffs(suite), workers_table(suite))
 
 
 def workers_table(suite: operations_pb2.GetSuiteResponse) -> Table:
@@ -84,7 +88,34 @@ def _load_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
 
 
 def _endings_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:
-    return (*_name(worker)[:2], *(str(getattr(worker.requests, name)) for name in _ENDINGS))
+    return (*_name(worker)[:2], *_numbers(worker.requests, _ENDINGS))
+
+
+def _handoffs(suite: operations_pb2.GetSuiteResponse) -> list[RenderableType]:
+    """How tickets ended, and what was pulled from whom; nothing before the first hand-off."""
+    workers = _sorted(suite)
+    tickets = [(worker.address, worker.handoff.tickets) for worker in workers if worker.handoff.tickets.granted]
+    pulls = [(worker.address, pull) for worker in workers for pull in worker.handoff.pulls]
+    addresses = {worker.worker_id: worker.address for worker in workers}
+    shown: list[RenderableType] = []
+    if tickets:
+        shown += [_table(("tickets of", *_TICKETS), [(address, *_numbers(counts, _TICKETS)) for address, counts in tickets]), ""]
+    if pulls:
+        rows = [
+            (
+                addresses.get(pull.worker_id, "gone"),
+                address,
+                TRANSPORTS.get(pull.transport, "unknown"),
+                *_numbers(pull, _PULLS),
+            )
+            for address, pull in pulls
+        ]
+        shown += [_table(("pulls from", "to", "by", *_PULL_TITLES), rows), ""]
+    return shown
+
+
+def _numbers(counts: object, names: Sequence[str]) -> list[str]:
+    return [str(getattr(counts, name)) for name in names]
 
 
 def _make_of(worker: operations_pb2.WorkerSummary) -> tuple[str | Text, ...]:

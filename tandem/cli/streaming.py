@@ -14,7 +14,7 @@ _REASONS = {
     generation_pb2.FINISH_REASON_STOP: "ended by itself",
     generation_pb2.FINISH_REASON_LENGTH: "cut at the token limit",
 }
-_TRANSPORTS = {value: name.removeprefix("TRANSPORT_").lower() for name, value in generation_pb2.Transport.items() if value}
+TRANSPORTS = {value: name.removeprefix("TRANSPORT_").lower() for name, value in generation_pb2.Transport.items() if value}
 
 
 class Call(Protocol):
@@ -88,8 +88,6 @@ def _usage(usage: generation_pb2.Usage) -> str:
 
 
 def _handoff(timings: generation_pb2.Timings) -> str:
-    if timings.transport not in _TRANSPORTS:
+    if timings.transport not in TRANSPORTS:
         return ""
-    return (
-        f"hand-off {timings.handoff_us / 1000:.1f} ms, {timings.handoff_bytes / 1e6:.1f} MB over {_TRANSPORTS[timings.transport]}"
-    )
+    return f"hand-off {timings.handoff_us / 1000:.1f} ms, {timings.handoff_bytes / 1e6:.1f} MB over {TRANSPORTS[timings.transport]}"

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from tandem.api.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -61,7 +62,7 @@ class FailoverCounts(_message.Message):
     def __init__(self, retries: _Optional[int] = ..., migrations: _Optional[int] = ..., quarantined: _Optional[int] = ..., ejections: _Optional[int] = ...) -> None: ...
 
 class WorkerSummary(_message.Message):
-    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests")
+    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests", "handoff")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +78,7 @@ class WorkerSummary(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     CONDITION_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     role: WorkerRole
@@ -92,7 +94,8 @@ class WorkerSummary(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     condition: WorkerCondition
     requests: RequestCounts
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[WorkerCondition, str]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ...) -> None: ...
+    handoff: HandoffCounts
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[WorkerCondition, str]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ..., handoff: _Optional[_Union[HandoffCounts, _Mapping]] = ...) -> None: ...
 
 class RequestCounts(_message.Message):
     __slots__ = ("received", "ok", "cancelled", "rejected", "failed")
@@ -107,6 +110,56 @@ class RequestCounts(_message.Message):
     rejected: int
     failed: int
     def __init__(self, received: _Optional[int] = ..., ok: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
+class HandoffCounts(_message.Message):
+    __slots__ = ("tickets", "pulls")
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    tickets: TicketCounts
+    pulls: _containers.RepeatedCompositeFieldContainer[PullCounts]
+    def __init__(self, tickets: _Optional[_Union[TicketCounts, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullCounts, _Mapping]]] = ...) -> None: ...
+
+class TicketCounts(_message.Message):
+    __slots__ = ("granted", "released", "expired", "aborted", "stale", "silenced", "refused_connections")
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    SILENCED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    granted: int
+    released: int
+    expired: int
+    aborted: int
+    stale: int
+    silenced: int
+    refused_connections: int
+    def __init__(self, granted: _Optional[int] = ..., released: _Optional[int] = ..., expired: _Optional[int] = ..., aborted: _Optional[int] = ..., stale: _Optional[int] = ..., silenced: _Optional[int] = ..., refused_connections: _Optional[int] = ...) -> None: ...
+
+class PullCounts(_message.Message):
+    __slots__ = ("worker_id", "transport", "pulled", "pulled_blocks", "refetched", "checksum_failures", "stale", "damaged", "resumed", "interrupted")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PULLED_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REFETCHED_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    INTERRUPTED_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: _generation_pb2.Transport
+    pulled: int
+    pulled_blocks: int
+    refetched: int
+    checksum_failures: int
+    stale: int
+    damaged: int
+    resumed: int
+    interrupted: int
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[_Union[_generation_pb2.Transport, str]] = ..., pulled: _Optional[int] = ..., pulled_blocks: _Optional[int] = ..., refetched: _Optional[int] = ..., checksum_failures: _Optional[int] = ..., stale: _Optional[int] = ..., damaged: _Optional[int] = ..., resumed: _Optional[int] = ..., interrupted: _Optional[int] = ...) -> None: ...
 
 class GetTraceRequest(_message.Message):
     __slots__ = ("trace_id",)

@@ -166,6 +166,22 @@ def test_status_is_a_row_per_worker(cli: Cli, gateway: FakeGateway) -> None:
     assert ["9011", "8022", "7033", "6044", "5055"] in [line.split()[2:] for line in result.stdout.splitlines()]
 
 
+def test_status_tells_of_hand_offs_once_there_are_any(cli: Cli, gateway: FakeGateway) -> None:
+    assert "pulls from" not in cli("status", "-a", gateway.address).stdout
+    tickets = operations_pb2.TicketCounts(granted=9, released=7, expired=1, aborted=1)
+    known = operations_pb2.PullCounts(worker_id="p", transport=generation_pb2.TRANSPORT_CUDA_IPC, pulled=7, pulled_blocks=70)
+    gone = operations_pb2.PullCounts(worker_id="?", transport=generation_pb2.TRANSPORT_TCP, checksum_failures=3)
+    gateway.operations.workers[:] = [
+        worker(operations_pb2.WORKER_ROLE_PREFILL, worker_id="p", handoff=operations_pb2.HandoffCounts(tickets=tickets)),
+        worker(operations_pb2.WORKER_ROLE_DECODE, handoff=operations_pb2.HandoffCounts(pulls=[known, gone])),
+    ]
+    rows = [line.split() for line in cli("status", "-a", gateway.address).stdout.splitlines()]
+    address = gateway.operations.workers[0].address
+    assert [address, "9", "7", "1", "1", "0", "0"] in rows
+    assert [address, address, "cuda_ipc", "7", "70", "0", "0", "0", "0", "0", "0"] in rows
+    assert ["gone", address, "tcp", "0", "0", "0", "3", "0", "0", "0", "0"] in rows
+
+
 def test_status_without_workers_says_so(cli: Cli, gateway: FakeGateway) -> None:
     gateway.operations.workers.clear()
     assert "no workers" in cli("status", "-a", gateway.address).stdout

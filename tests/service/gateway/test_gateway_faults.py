@@ -258,7 +258,8 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_others_are_not(make_su
 
 
 async def test_operators_see_the_suite(suite: Suite) -> None:
-    suite.prefill.say(queued_tokens=77, free_blocks=5, requests=CallCounts(received=3, ok=2, failed=1))
+    handoff = operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(granted=3, expired=1))
+    suite.prefill.say(queued_tokens=77, free_blocks=5, requests=CallCounts(received=3, ok=2, failed=1), handoff=handoff)
     await suite.until(lambda: any(worker.queued_tokens == 77 for worker in suite.gateway.directory.workers))
     stub = operations_pb2_grpc.OperationsServiceStub(suite.channel)
     shown = await stub.GetSuite(operations_pb2.GetSuiteRequest())
@@ -266,6 +267,7 @@ async def test_operators_see_the_suite(suite: Suite) -> None:
     assert (prefill.role, decode.role) == (operations_pb2.WORKER_ROLE_PREFILL, operations_pb2.WORKER_ROLE_DECODE)
     assert (prefill.queued_tokens, prefill.free_blocks, prefill.ready) == (77, 5, True)
     assert prefill.requests == operations_pb2.RequestCounts(received=3, ok=2, failed=1)
+    assert prefill.handoff == handoff
     assert prefill.condition == operations_pb2.WORKER_CONDITION_SERVING
     assert (prefill.worker_id, prefill.address) == (suite.prefill.worker_id, suite.prefill.address)
     for trace_id, code in (("zz", grpc.StatusCode.INVALID_ARGUMENT), ("0" * 32, grpc.StatusCode.NOT_FOUND)):

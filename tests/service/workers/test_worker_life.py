@@ -1,6 +1,7 @@
 """What a worker says of its load while it changes, how it leaves, and what it gives back when others leave."""
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from tandem.api.v1 import operations_pb2
+from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.errors import Reason, from_rpc_error
 from tandem.tracing import configure_tracing, recent_spans
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, status_pb2, status_pb2_grpc
@@ -204,10 +205,14 @@ async def _ready(at: Node) -> int:
 
 
 async def _condition(at: Node) -> int:
+    return int((await _state(at)).condition)
+
+
+async def _state(at: Node) -> State:
     call = status_pb2_grpc.WorkerStatusServiceStub(at.channel).Watch(status_pb2.WatchRequest())
     state = await call.read()
     call.cancel()
-    return int(state.condition)
+    return state
 
 
 async def _prefilled(call: grpc.aio.UnaryStreamCall) -> prefill_pb2.Admitted:
@@ -219,3 +224,35 @@ async def _prefilled(call: grpc.aio.UnaryStreamCall) -> prefill_pb2.Admitted:
 async def _decoded(nodes: Pair, request: decode_pb2.DecodeRequest) -> list[int]:
     events = [event async for event in open_decode(nodes.decode, request)]
     return [token.token_id for event in events for token in event.delta.tokens]
+
+
+async def test_hand_offs_are_counted_on_both_sides() -> None:
+    async with pair() as nodes:
+        await generate(nodes, prefill_request(PROMPT))
+        await nodes.prefill.wait_idle()
+        tickets = (await _state(nodes.prefill)).handoff.tickets
+        assert (tickets.granted, tickets.released, tickets.expired) == (1, 1, 0)
+        [pulls] = (await _state(nodes.decode)).handoff.pulls
+        assert pulls.worker_id == (await _state(nodes.prefill)).worker_id
+        assert (pulls.transport, pulls.pulled, pulls.pulled_blocks) == (generation_pb2.TRANSPORT_TCP, 1, 11)
+        for at in (nodes.prefill, nodes.decode):
+            counts = (await _state(at)).requests
+            assert (counts.received, counts.ok) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+async def test_a_worker_whose_transfer_threads_hang_is_not_ready(kind: str) -> None:
+    async with pair() as nodes:
+        at: Node = getattr(nodes, kind)
+        holder = at.worker._producer._checksummer if kind == "prefill" else at.worker._puller
+        leave, entered = threading.Event(), threading.Event()
+        for _ in range(2):
+            holder._threads.submit(lambda: (entered.set(), leave.wait(10)))
+        await asyncio.to_thread(entered.wait, 10)
+        for _ in range(5):
+            at.worker._progress.look(1.0)
+        assert await _condition(at) == operations_pb2.WORKER_CONDITION_STALLED
+        leave.set()
+        assert (await generate(nodes, prefill_request(PROMPT)))[0] == completion(PROMPT, 8)
+        at.worker._progress.look(1.0)
+        assert await _condition(at) == operations_pb2.WORKER_CONDITION_SERVING

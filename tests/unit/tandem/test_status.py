@@ -35,6 +35,7 @@ SNAPSHOT = WorkerSnapshot(
     free_blocks=6,
     tokens_per_second=7.5,
     requests=CallCounts(received=5, ok=2, rejected=1),
+    handoff=operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(granted=3)),
 )
 
 
@@ -83,6 +84,7 @@ async def test_first_state_comes_at_once_and_complete():
         transports=["shm", "tcp"],
         condition=operations_pb2.WORKER_CONDITION_SERVING,
         requests=operations_pb2.RequestCounts(received=5, ok=2, rejected=1),
+        handoff=operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(granted=3)),
     )
     await states.aclose()
 
