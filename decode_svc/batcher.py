@@ -9,6 +9,8 @@ from enum import Enum
 from llm.kv.allocator import BlockAllocator, OutOfBlocksError
 from tandem.errors import Reason, TandemError
 
+MIN_RETRY_S, MAX_RETRY_S = 0.05, 5.0
+
 
 class Stage(Enum):
     """Where a sequence stands."""
@@ -96,13 +98,15 @@ class DecodeBatcher:
         self._num_flights = 0
         self._starved = False  # somebody goes without a block until no step is in flight
 
-    def reserve(self, sequence: SequenceState) -> None:
+    def reserve(self, sequence: SequenceState, tokens_per_second: float = 0.0) -> None:
         """Gives a new sequence blocks for its tokens and one more.
 
-        Raises QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room, POOL_TOO_SMALL if there never is.
+        Raises QUEUE_FULL or KV_BLOCKS_EXHAUSTED if there is no room, POOL_TOO_SMALL if there never is. When to come back is told by
+        the speed with which all tokens together are drawn; 0 if that is not known yet.
         """
         if len(self._sequences) >= self._limits.max_sequences:
-            raise TandemError(Reason.QUEUE_FULL, f"{len(self._sequences)} sequences are already here", retry_after_s=1.0)
+            retry_after_s = self._until_one_ends_s(tokens_per_second)
+            raise TandemError(Reason.QUEUE_FULL, f"{len(self._sequences)} sequences are already here", retry_after_s=retry_after_s)
         if self._blocks_for(sequence.max_total_tokens) > self._allocator.num_blocks:
             message = f"{sequence.max_total_tokens} tokens never fit this worker's {self._allocator.num_blocks} KV blocks"
             raise TandemError(Reason.POOL_TOO_SMALL, message)
@@ -110,9 +114,16 @@ class DecodeBatcher:
         room = self._allocator.num_free - self._blocks_owed()
         if needed > room:
             message = f"{needed} KV blocks are needed, {max(room, 0)} are free"
-            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message, retry_after_s=1.0)
+            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, message, retry_after_s=self._until_one_ends_s(tokens_per_second))
         sequence.block_ids = array("i", self._allocator.allocate(needed))
         self._sequences[sequence] = None
+
+    def _until_one_ends_s(self, tokens_per_second: float) -> float | None:
+        """Until the sequence that is nearest to its end gets there, at the latest; None if that cannot be told."""
+        left = min((s.max_total_tokens - s.num_tokens for s in self._in_stage(Stage.ACTIVE)), default=0)
+        if tokens_per_second <= 0 or not left:
+            return None
+        return min(max(left * self.num_active / tokens_per_second, MIN_RETRY_S), MAX_RETRY_S)
 
     def activate(self, sequence: SequenceState, num_pulled_tokens: int) -> None:
         """The sequence's KV has arrived for its first `num_pulled_tokens` tokens."""

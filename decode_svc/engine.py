@@ -92,7 +92,7 @@ class DecodeEngine:
         with self._lock:
             if self._failure is not None:
                 raise self._failure.error
-            self._batcher.reserve(job.sequence)
+            self._batcher.reserve(job.sequence, self._speed.tokens_per_second)
             self._jobs[job.sequence] = job
             block_ids = tuple(job.sequence.block_ids)
         self._on_change()

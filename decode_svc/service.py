@@ -93,6 +93,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             result = await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)])
         except TandemError:
             raise
+        except MemoryError as error:
+            raise TandemError(Reason.KV_BLOCKS_EXHAUSTED, "there is no memory to take the blocks in with") from error
         except BaseException:
             self._release_soon(ticket)
             raise

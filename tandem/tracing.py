@@ -46,7 +46,7 @@ def configure_tracing(service: str) -> None:
     """Starts tracing for this process, under the name `service`; called once, before serving. Until then spans are not recorded.
 
     Exports over OTLP (gRPC) only if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set. The exporter has a
-    bounded queue and a thread of its own: a slow or dead sink costs spans, never serving.
+    bounded queue and a thread of its own: a slow or dead sink costs spans, which are counted, never serving.
     """
     global _provider, _tracer
     # Without shutdown_on_exit: the library's own exit hook waits up to 30 s for a dead sink; `flush_tracing` is bounded.
@@ -97,9 +97,10 @@ def _has_sink(environ: Mapping[str, str]) -> bool:
 
 def _exporting_processor() -> SpanProcessor:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    return BatchSpanProcessor(OTLPSpanExporter())
+    from tandem.span_export import BoundedExport
+
+    return BoundedExport(OTLPSpanExporter())
 
 
 def _to_message(span: ReadableSpan) -> operations_pb2.Span:

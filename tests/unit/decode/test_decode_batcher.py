@@ -67,6 +67,16 @@ def test_a_reservation_without_room_is_refused_at_once() -> None:
     assert caught.value.retry_after_s is not None
 
 
+def test_a_refusal_says_when_the_next_sequence_ends_at_the_latest() -> None:
+    batcher, _ = make(num_blocks=4)
+    for max_total in (13, 9):
+        join(batcher, 4, max_total=max_total)
+    for speed, retry_after_s in ((10.0, 2 * 4 / 10.0), (0.01, 5.0), (1e9, 0.05), (0.0, 1.0)):
+        with pytest.raises(TandemError) as caught:
+            batcher.reserve(SequenceState([1, 2], max_total_tokens=4), speed)
+        assert caught.value.retry_after_s == pytest.approx(retry_after_s)
+
+
 def test_what_never_fits_is_refused() -> None:
     batcher, _ = make(num_blocks=3)
     with pytest.raises(TandemError) as caught:
