@@ -47,16 +47,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens a request")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each load; its first half second is not counted")
     parser.add_argument("--processes", type=int, default=1, help="processes that send")
+    parser.add_argument("--no-follow", action="store_true", help="a decode worker that sends each token as a message of its own")
     arguments = parser.parse_args()
-    with workers(arguments.step_ms) as targets, gateway(targets) as served:
+    with workers(arguments.step_ms, not arguments.no_follow) as targets, gateway(targets) as served:
         rows = asyncio.run(measure(served, arguments))
     report(rows, arguments.step_ms)
 
 
 @contextlib.contextmanager
-def workers(step_ms: float) -> Iterator[tuple[str, str]]:
+def workers(step_ms: float, follow: bool) -> Iterator[tuple[str, str]]:
     """The addresses of the two workers."""
-    command = [sys.executable, "-m", "bench.relay_workers", resolve_model(MODEL).digest, str(step_ms)]
+    command = [sys.executable, "-m", "bench.relay_workers", resolve_model(MODEL).digest, str(step_ms), str(int(follow))]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None, "made with pipes"
     try:

@@ -1,6 +1,7 @@
-"""A prefill and a decode worker without a model, for measuring the gateway alone: `python -m bench.relay_workers DIGEST STEP_MS`.
+"""Two workers without a model, for measuring the gateway alone: `python -m bench.relay_workers DIGEST STEP_MS FOLLOW`.
 
-Prints both addresses and serves until its input ends. All streams get a token at the same moment, as from an engine's step.
+Prints both addresses and serves until its input ends. All streams get a token at the same moment, as from an engine's step. With
+FOLLOW 0 the decode worker knows no Follow calls, so that each token is a message of its own.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import grpc.aio
 
 from bench.generator_process import loop_factory
 from tandem.api.v1 import generation_pb2, operations_pb2
+from tandem.engine_thread import Mailbox
 from tandem.server import server_options
 from tandem.worker.v1 import (
     decode_pb2,
@@ -90,9 +92,11 @@ class Prefill(prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_grpc.KvTransferSer
 class Decode(decode_pb2_grpc.DecodeServiceServicer):
     """Gives every stream a token at each step."""
 
-    def __init__(self, step_s: float) -> None:
+    def __init__(self, step_s: float, follow: bool) -> None:
         self._step_s = step_s
+        self._follow = follow
         self._step = asyncio.Event()
+        self._followers: dict[str, Mailbox[decode_pb2.StreamDelta]] = {}
 
     async def run(self) -> None:
         while True:
@@ -105,15 +109,30 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         yield decode_pb2.DecodeResponse(reserved=decode_pb2.Reserved())
         yield decode_pb2.DecodeResponse(kv_ready=decode_pb2.KvReady(transport=generation_pb2.TRANSPORT_TCP))
-        for index in range(len(request.token_ids) - request.num_prompt_tokens + 1, request.stop_rule.max_tokens):
+        follower, max_tokens = self._followers.get(request.follower_id), request.stop_rule.max_tokens
+        for index in range(len(request.token_ids) - request.num_prompt_tokens + 1, max_tokens):
             await self._step.wait()
-            yield decode_pb2.DecodeResponse(delta=decode_pb2.TokenDelta(index=index, tokens=TOKENS))
-        finished = decode_pb2.DecodeFinished(reason=generation_pb2.FINISH_REASON_LENGTH)
+            delta = decode_pb2.TokenDelta(index=index, tokens=TOKENS)
+            if follower is None:
+                yield decode_pb2.DecodeResponse(delta=delta)
+            else:
+                follower.put(decode_pb2.StreamDelta(stream_number=request.stream_number, delta=delta))
+        finished = decode_pb2.DecodeFinished(reason=generation_pb2.FINISH_REASON_LENGTH, num_tokens=max_tokens)
         yield decode_pb2.DecodeResponse(finished=finished)
 
+    async def Follow(
+        self, request: decode_pb2.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.FollowResponse]:
+        if not self._follow:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "as told")
+        mailbox = self._followers[request.follower_id] = Mailbox()
+        yield decode_pb2.FollowResponse()
+        while True:
+            yield decode_pb2.FollowResponse(deltas=await mailbox.take())
 
-async def serve(model_digest: str, step_s: float) -> None:
-    prefill, decode = Prefill(), Decode(step_s)
+
+async def serve(model_digest: str, step_s: float, follow: bool) -> None:
+    prefill, decode = Prefill(), Decode(step_s, follow)
     servers = [grpc.aio.server(options=server_options(10_000)) for _ in range(2)]
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, servers[0])
     kv_pb2_grpc.add_KvTransferServiceServicer_to_server(prefill, servers[0])
@@ -133,4 +152,4 @@ async def serve(model_digest: str, step_s: float) -> None:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3))
+        runner.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3] == "1"))

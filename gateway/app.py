@@ -110,6 +110,7 @@ class Gateway:
     def _on_worker(self, address: str) -> None:
         self._ledger.heard(address)
         self._admission.capacity_changed()
+        self._fleet.follow(address)
         ready = not self.draining and all(
             usable(self.directory.workers, role, self._model.digest) for role in (Role.PREFILL, Role.DECODE)
         )

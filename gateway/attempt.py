@@ -5,12 +5,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import grpc.aio
+
 from gateway.calls import cancel_and_wait, end, read, see_through
 from gateway.completion import Completion
 from gateway.failover import HANDOFF_BREAKS, REFUSALS, Hop, HopFailed
 from gateway.fleet import Fleet
+from gateway.followers import Inflow
 from gateway.isolation import Turn
-from gateway.job import Ending, GenerationJob, Handoff
+from gateway.job import Ending, GenerationJob, Handoff, Token
 from gateway.routing import Placed, Worker
 from gateway.timeline import Timeline
 from gateway.wire import decode_request, prefill_request, tokens_from
@@ -68,6 +71,7 @@ class Attempt:
         self._first_token_only = job.stopping.max_tokens - completion.num_tokens == 1
         self._ticket: asyncio.Future[kv_pb2.KvTicket] = asyncio.get_running_loop().create_future()
         self._first_token = asyncio.Event()
+        self._inflow: Inflow | None = None
         self._held: set[Hop] = set()
         self._handoff = Handoff()
         self.passed: set[Hop] = set()
@@ -164,6 +168,8 @@ class Attempt:
         completion.push(self._num_before, tokens_from((event.token,)))
         self.passed.add(Hop.PREFILL)
         self._first_token.set()
+        if self._inflow is not None:
+            self._inflow.open()
 
     async def _decode(self) -> None:
         """Offers the ticket to the placed worker, and after a refusal to each of the others."""
@@ -194,23 +200,33 @@ class Attempt:
 
     async def _decode_on(self, worker: Worker, ticket: kv_pb2.KvTicket, arrived: Callable[[], None]) -> None:
         self._held.discard(Hop.DECODE)
-        request = decode_request(self._job, self._number, self._token_ids, ticket)
         turn = await self._take_turn(Hop.DECODE, worker)
         stub = decode_pb2_grpc.DecodeServiceStub(self._fleet.channel(worker))  # type: ignore[no-untyped-call]
-        call = stub.Decode(request, timeout=self._underway.remaining_s, metadata=call_metadata())
-        try:
-            with self._fleet.holding(worker, call):
-                while (event := await read(call)) is not None:
-                    arrived()
-                    await self._on_decode(event, turn)
-                    if self._completion.cut_short or event.WhichOneof("event") == "finished":
-                        return
-        finally:
-            turn.end()
-            await end(call)
+        inflow = self._inflow = Inflow(lambda index, tokens: self._on_tokens(index, tokens, turn))
+        if self._first_token.is_set():
+            inflow.open()
+        with self._fleet.route(worker, inflow) as route:
+            request = decode_request(self._job, self._number, self._token_ids, ticket, (route.follower_id, route.stream_number))
+            call = stub.Decode(request, timeout=self._underway.remaining_s, metadata=call_metadata())
+            inflow.stop = call.cancel
+            try:
+                with self._fleet.holding(worker, call):
+                    await self._read_decode(call, inflow, turn, arrived)
+            except TandemError as error:
+                raise inflow.failure or error from None
+            finally:
+                turn.end()
+                await end(call)
+
+    async def _read_decode(self, call: grpc.aio.UnaryStreamCall, inflow: Inflow, turn: Turn, arrived: Callable[[], None]) -> None:
+        while (event := await read(call)) is not None:
+            arrived()
+            await self._on_decode(event, inflow, turn)
+            if self._completion.cut_short or event.WhichOneof("event") == "finished":
+                return
         raise TandemError(Reason.INTERNAL, "the decode worker ended its stream before the completion had ended")
 
-    async def _on_decode(self, event: decode_pb2.DecodeResponse, turn: Turn) -> None:
+    async def _on_decode(self, event: decode_pb2.DecodeResponse, inflow: Inflow, turn: Turn) -> None:
         match event.WhichOneof("event"):
             case "reserved":
                 self._held.add(Hop.DECODE)
@@ -221,12 +237,20 @@ class Attempt:
             case "delta":
                 await self._first_token.wait()
                 await self._completion.room()
-                self._completion.push(event.delta.index, tokens_from(event.delta.tokens))
-                self.passed.add(Hop.DECODE)
-                turn.end()
+                self._on_tokens(event.delta.index, tokens_from(event.delta.tokens), turn)
             case "finished":
                 await self._first_token.wait()
+                num_tokens = event.finished.num_tokens
+                await inflow.until(lambda: self._completion.finished is not None or self._completion.num_tokens >= num_tokens)
                 self._timeline.decode_queue_us = event.finished.queue_us
+
+    def _on_tokens(self, index: int, tokens: Sequence[Token], turn: Turn) -> bool:
+        """Says whether the worker has to go on: it knows nothing of stop strings."""
+        self._held.add(Hop.DECODE)  # followed tokens may be faster than what the call itself says
+        self._completion.push(index, tokens)
+        self.passed |= {Hop.HANDOFF, Hop.DECODE}
+        turn.end()
+        return not self._completion.cut_short
 
     def _ending(self) -> Ending:
         completion = self._completion

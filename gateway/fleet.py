@@ -10,6 +10,7 @@ import grpc.aio
 
 from gateway.ejection import Ejector
 from gateway.failover import HopFailed, Recovery
+from gateway.followers import Followers, Inflow, Route
 from gateway.job import GenerationJob
 from gateway.routing import Placement, PlacementLedger, Role, Wishes, Worker, choose, choose_decode, usable
 from gateway.workers import WorkerDirectory
@@ -27,6 +28,7 @@ class Fleet:
     def __init__(self, directory: WorkerDirectory, ledger: PlacementLedger, ejector: Ejector) -> None:
         self._directory = directory
         self._ejector = ejector
+        self._followers = Followers()
         self._releases: set[asyncio.Task[None]] = set()
         self.ledger = ledger
 
@@ -59,6 +61,21 @@ class Fleet:
         with self._directory.while_known(worker, call.cancel):
             yield
 
+    @contextmanager
+    def route(self, worker: Worker, inflow: Inflow) -> Iterator[Route]:
+        """How the deltas of one stream come from a decode worker."""
+        with self._followers.route(worker, inflow) as route:
+            yield route
+
+    def follow(self, address: str) -> None:
+        """A worker has been heard of; a decode worker that serves is followed."""
+        for worker in self.workers:
+            if worker.address == address and worker.role is Role.DECODE and worker.ready:
+                self._followers.follow(worker, self.channel(worker), self.holding)
+
+    def follows(self, worker: Worker) -> bool:
+        return self._followers.live(worker)
+
     def failed(self, failure: HopFailed) -> None:
         """A worker that broke a request is not used before it has spoken again."""
         if failure.broken:
@@ -73,7 +90,8 @@ class Fleet:
         task.add_done_callback(self._releases.discard)
 
     async def close(self) -> None:
-        """Waits for releases under way."""
+        """Ends what is open for no request, and waits for releases under way."""
+        await self._followers.close()
         await asyncio.gather(*self._releases, return_exceptions=True)
 
     async def _release(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:

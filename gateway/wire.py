@@ -32,7 +32,10 @@ def prefill_request(
     )
 
 
-def decode_request(job: GenerationJob, attempt: int, token_ids: Sequence[int], ticket: kv_pb2.KvTicket) -> decode_pb2.DecodeRequest:
+def decode_request(
+    job: GenerationJob, attempt: int, token_ids: Sequence[int], ticket: kv_pb2.KvTicket, follower: tuple[str, int] = ("", 0)
+) -> decode_pb2.DecodeRequest:
+    """`follower`: the Follow call that is to carry the deltas, and their number there."""
     return decode_pb2.DecodeRequest(
         request_id=job.request_id,
         attempt=attempt,
@@ -42,6 +45,8 @@ def decode_request(job: GenerationJob, attempt: int, token_ids: Sequence[int], t
         sampling=_sampling(job.sampling),
         stop_rule=_stop_rule(job.stopping),
         logprobs=job.output.num_logprobs,
+        follower_id=follower[0],
+        stream_number=follower[1],
     )
 
 

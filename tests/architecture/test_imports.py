@@ -49,6 +49,7 @@ EDGES = {
     "attempt",
     "control",
     "fleet",
+    "followers",
     "model_service",
     "operations_service",
     "puller",

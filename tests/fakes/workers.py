@@ -172,7 +172,8 @@ def sampled(token_id: int, logprobs: int | None) -> prefill_pb2.SampledToken:
 
 
 class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_grpc.KvTransferServiceServicer):
-    """Phases: "queue" before anything, "admit" before the ticket is sent, "run" before the first token, "done" before the end."""
+    """Phases: "queue" before anything, "admit" before the ticket is sent, "run" before the first token is drawn, "first" before it
+    is sent, "done" before the end."""
 
     role = operations_pb2.WORKER_ROLE_PREFILL
 
@@ -218,6 +219,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
         first = self._first_token(request)
         if ticket is not None:
             ticket.finished.set_result(first.token.token_id)
+        await self.gates.passage("first")
         yield prefill_pb2.PrefillResponse(first_token=first)
         await self.gates.passage("done")
         yield prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone(queue_us=self.queue_us, run_us=1))
@@ -262,7 +264,8 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
 
 
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
-    """Phases: "reserve" before anything, "pull" before pulling, "run" before the tokens, "token N" before token number N, "end"."""
+    """Phases: "reserve" before anything, "pull" before pulling, "run" before the tokens, "token N" before token number N, "end";
+    for a Follow call "follow" before anything, "followed" before each delta."""
 
     role = operations_pb2.WORKER_ROLE_DECODE
 
@@ -273,6 +276,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.tokens_per_delta = 1
         self.skipped_index: int | None = None
         self.skips = False
+        self.followers: dict[str, asyncio.Queue[decode_pb2.StreamDelta]] = {}
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
@@ -290,8 +294,28 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
             ready = decode_pb2.KvReady(transport=generation_pb2.TRANSPORT_TCP, pulled_bytes=1000, pull_us=10)
             yield decode_pb2.DecodeResponse(kv_ready=ready)
             await self.gates.passage("run")
+            followed = self.followers.get(request.follower_id)
             async for response in self._tokens(request, first_token_id):
-                yield response
+                if followed is None or not response.HasField("delta"):
+                    yield response
+                else:
+                    followed.put_nowait(decode_pb2.StreamDelta(stream_number=request.stream_number, delta=response.delta))
+                    await followed.join()
+
+    async def Follow(
+        self, request: decode_pb2.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.FollowResponse]:
+        await self.gates.passage("follow")
+        deltas = self.followers[request.follower_id] = asyncio.Queue()
+        try:
+            yield decode_pb2.FollowResponse()
+            while True:
+                delta = await deltas.get()
+                await self.gates.passage("followed")
+                yield decode_pb2.FollowResponse(deltas=[delta])
+                deltas.task_done()
+        finally:
+            del self.followers[request.follower_id]
 
     async def _pull(self, ticket: kv_pb2.KvTicket) -> int:
         async with grpc.aio.insecure_channel(ticket.address) as channel:
@@ -315,7 +339,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         await self.gates.passage("end")
         stopped = token_id in rule.end_token_ids
         reason = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_LENGTH
-        yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(reason=reason, queue_us=self.queue_us, run_us=1))
+        finished = decode_pb2.DecodeFinished(reason=reason, queue_us=self.queue_us, run_us=1, num_tokens=index)
+        yield decode_pb2.DecodeResponse(finished=finished)
 
     def _delta(self, index: int, tokens: Sequence[prefill_pb2.SampledToken]) -> decode_pb2.DecodeResponse:
         if self.skips or index == self.skipped_index:
