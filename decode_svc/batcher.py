@@ -144,11 +144,11 @@ class DecodeBatcher:
             return []
         self._starved = False
         self._readmit()
-        runs, budget = [], self._limits.recompute_budget
+        runs, budget, block_tokens = [], self._limits.recompute_budget, self._allocator.block_tokens
         for sequence in self._unfinished()[: self._limits.max_batch]:
             if sequence.stage is not Stage.ACTIVE:
                 continue  # gave way to an older one of this very step
-            if self._make_room(sequence):
+            if len(sequence.block_ids) * block_tokens >= sequence.num_tokens or self._make_room(sequence):
                 runs.append(self._launch(sequence, budget))
                 budget -= runs[-1].num_tokens - 1
         self._num_flights += bool(runs)

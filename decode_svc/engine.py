@@ -165,8 +165,11 @@ class DecodeEngine:
         """Begins a step that draws a token for each run that reaches the newest one, in order."""
         started = self._speed.start()
         row_of = self._flights[-1].row_of if self._flights else {}
-        sources = [row_of.get(run.sequence, -1) if run.follows else -1 for run, _ in work]  # none follows a cancelled sequence
-        result = self._steps.launch([_slice_of(run) for run, _ in work], sources, rows)
+        slices, sources = [], []
+        for run, _ in work:
+            slices.append(_slice_of(run))
+            sources.append(row_of.get(run.sequence, -1) if run.follows else -1)  # none follows a cancelled sequence
+        result = self._steps.launch(slices, sources, rows)
         drawing = (run.sequence for run, _ in work if run.draws)
         self._flights.append(_Flight(work, result, {sequence: row for row, sequence in enumerate(drawing)}, started))
         self._pacer.launched(began, 1)
@@ -188,14 +191,10 @@ class DecodeEngine:
             self._batcher.complete([run for run, _ in work])
             for job, token in zip(drawing, tokens, strict=True):
                 if job.sequence.stage is Stage.ACTIVE:
-                    deliveries += self._append(job, token)
+                    deliveries.append((job.mailbox, Drawn(job.num_completion_tokens, token)))
+                    reason = job.append(token.token_id)
+                    deliveries += () if reason is None else self._end(job, reason)
             self._courier.send(deliveries)
-
-    def _append(self, job: DecodeJob, token: SampledToken) -> list[tuple[Mailbox[DecodeEvent], DecodeEvent]]:
-        index = job.num_completion_tokens
-        reason = job.append(token.token_id)
-        drawn: list[tuple[Mailbox[DecodeEvent], DecodeEvent]] = [(job.mailbox, Drawn(index, token))]
-        return drawn if reason is None else drawn + self._end(job, reason)
 
     def _end(self, job: DecodeJob, reason: EndReason) -> list[tuple[Mailbox[DecodeEvent], DecodeEvent]]:
         """Lock held. Frees the blocks at once, without waiting for the stream to be read."""
@@ -214,5 +213,5 @@ class DecodeEngine:
 
 def _slice_of(run: Run) -> SequenceSlice:
     sequence = run.sequence
-    tokens = [0] if run.follows else sequence.token_ids[run.start : run.start + run.num_tokens]
+    tokens = sequence.token_ids[run.start : run.start + run.num_tokens] or [0]  # one that follows is not known
     return SequenceSlice(tokens, run.start, sequence.block_ids, "last" if run.draws else "none")

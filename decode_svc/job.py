@@ -1,7 +1,8 @@
 """A completion in the engine: what is asked, and what is told of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 
 from decode_svc.batcher import SequenceState
 from llm.sampling import SampledToken, SampleRow
@@ -77,8 +78,14 @@ class DecodeJob:
 
     def sample_row(self, num_tokens: int) -> SampleRow:
         """How the token after the first `num_tokens` is drawn."""
-        forbidden = self.stop_rule.end_token_ids if num_tokens - self.num_prompt_tokens < self.stop_rule.min_tokens else ()
-        return SampleRow(self.sampling, self.sequence.token_ids, self.num_prompt_tokens, tuple(forbidden), self.num_logprobs)
+        if num_tokens - self.num_prompt_tokens >= self.stop_rule.min_tokens:
+            return self._free_row
+        return replace(self._free_row, forbidden_token_ids=tuple(self.stop_rule.end_token_ids))
+
+    @cached_property
+    def _free_row(self) -> SampleRow:
+        """Any token may be drawn. Made once; the tokens that it knows grow with the sequence's."""
+        return SampleRow(self.sampling, self.sequence.token_ids, self.num_prompt_tokens, num_logprobs=self.num_logprobs)
 
     def append(self, token_id: int) -> EndReason | None:
         """Adds a token to the completion and says whether that ends it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,11 @@ class SampleRow:
     num_logprobs: int | None = None
     """How many of the likeliest tokens to report beside the drawn one; None reports nothing."""
 
+    @cached_property
+    def fits_device(self) -> bool:
+        """Whether a GPU can draw the row by itself; penalties, forbidden tokens and log-probabilities are the host's affair."""
+        return self.num_logprobs is None and not self.forbidden_token_ids and not self.params.has_penalties
+
 
 @dataclass(frozen=True)
 class SampledToken:
@@ -45,11 +51,6 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-
-
-def draws_on_device(row: SampleRow) -> bool:
-    """Whether a GPU can draw the row by itself; penalties, forbidden tokens and log-probabilities are the host's affair."""
-    return row.num_logprobs is None and not row.forbidden_token_ids and not row.params.has_penalties
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:

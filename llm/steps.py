@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from llm.batch import SequenceSlice
-from llm.sampling import SampledToken, SampleRow, draws_on_device, sample
+from llm.sampling import SampledToken, SampleRow, sample
 
 if TYPE_CHECKING:
     from llm.gpu.step import DrawnStep
@@ -79,7 +79,7 @@ class DeviceSteps:
         self._runner, self._host = runner, host
 
     def overlap(self, rows: Sequence[SampleRow]) -> bool:
-        return all(map(draws_on_device, rows))
+        return all([row.fits_device for row in rows])
 
     def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
         if not self.overlap(rows):

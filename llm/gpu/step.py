@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llm.ops.gpu.draw import DrawParameters, draw
-from llm.sampling import SampleRow, draws_on_device, uniform
+from llm.sampling import SampleRow, uniform
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DrawnStep:
 
 def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequence[int], drawn: torch.Tensor) -> None:
     """Replaces the likeliest tokens, which `drawn` [n] holds already, where a row wants others. position: that of the new token."""
-    assert all(draws_on_device(row) for row in rows), "rows for the host must be drawn there"
+    assert all(row.fits_device for row in rows), "rows for the host must be drawn there"
     if not all(row.params.is_greedy for row in rows):
         draw(logits, _parameters(rows, positions, logits.device), drawn)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llm.runner import SequenceSlice
-from llm.sampling import SampleRow, draws_on_device, sample
+from llm.sampling import SampleRow, sample
 from tests.fakes.runner import FakeRunner
 
 
@@ -45,7 +45,7 @@ class DeviceRunner(FakeRunner):
         return super().forward(slices)
 
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> FakeDrawnStep:
-        assert all(map(draws_on_device, rows))
+        assert all(row.fits_device for row in rows)
         assert len(rows) == sum(piece.logits == "last" for piece in slices)
         kept = [replace(piece, token_ids=list(piece.token_ids), block_ids=list(piece.block_ids)) for piece in slices]
         step = FakeDrawnStep(self, kept, list(sources), list(rows))
