@@ -2,17 +2,18 @@
 
 import asyncio
 
-from gateway.job import Ending, Output
+from gateway.job import Ending, Output, Token
 
-# More tokens than this wait in the worker's stream instead of here.
-MAX_TOKENS = 4096
+# More than this waits in the worker's stream instead of here: some 2 MB, and less than a message may hold.
+MAX_COST = 16_384
 
 
 class PendingOutput:
     """Between a relay, which adds, and one writer, which takes. Everything that a slow writer has not taken is one output."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_cost: int = MAX_COST) -> None:
+        self._max_cost = max_cost
+        self._cost = 0
         self._output: Output | None = None
         self._ending: Ending | BaseException | None = None
         self._filled = asyncio.Event()
@@ -26,7 +27,8 @@ class PendingOutput:
         else:
             pending.text += output.text
             pending.tokens += output.tokens
-        if len(pending.tokens) >= self._max_tokens:
+        self._cost += sum(map(_cost, output.tokens))
+        if self._cost >= self._max_cost:
             self._room.clear()
         self._filled.set()
 
@@ -42,6 +44,7 @@ class PendingOutput:
     async def take(self) -> Output | Ending:
         await self._filled.wait()
         output, self._output = self._output, None
+        self._cost = 0
         self._room.set()
         if self._ending is None:
             self._filled.clear()
@@ -51,3 +54,8 @@ class PendingOutput:
             raise self._ending
         assert self._ending is not None, "filled without output or ending"
         return self._ending
+
+
+def _cost(token: Token) -> int:
+    """A token and each log-probability of another beside it."""
+    return 1 + len(token.top)

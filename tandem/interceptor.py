@@ -121,7 +121,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             trace_context.detach(token)
             self._running.discard(call)
         _count(counts, error.outcome)
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        await _abort(context, error)
 
     def _enter(self, method: str) -> tuple[Call, CallCounts]:
         task = asyncio.current_task()
@@ -173,6 +173,14 @@ async def _answer_stream(behaviour: Behaviour, request: Any, context: grpc.aio.S
     async with aclosing(behaviour(request, context)) as responses:
         async for response in responses:
             await context.write(response)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:
+    """Ends the call with the error's status. A client that has gone meanwhile is no error of ours, for which gRPC would take it."""
+    try:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _trace_headers(context: grpc.aio.ServicerContext) -> dict[str, str]:

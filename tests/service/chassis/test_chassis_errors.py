@@ -10,7 +10,7 @@ import pytest
 
 from tandem.api.v1 import model_pb2, model_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from tandem.errors import FieldViolation, Reason, TandemError, from_rpc_error
-from tandem.interceptor import CallCounts
+from tandem.interceptor import CallCounts, _abort
 from tandem.worker.v1 import prefill_pb2, prefill_pb2_grpc
 
 TOKENIZER = "tandem.api.v1.TokenizerService"
@@ -227,3 +227,12 @@ async def test_handlers_that_write_by_themselves_end_the_same_way(start):
         await call.read()
     assert from_rpc_error(caught.value).reason is Reason.KV_BLOCKS_EXHAUSTED
     assert server.counts[f"/{PREFILL}/Prefill"] == CallCounts(received=1, rejected=1)
+
+
+async def test_a_client_that_has_gone_is_no_error_of_ours() -> None:
+    class Gone:
+        async def abort_with_status(self, status: object) -> None:
+            raise grpc.aio.InternalError("the call is over")
+
+    with pytest.raises(asyncio.CancelledError):
+        await _abort(Gone(), TandemError(Reason.DEADLINE_EXCEEDED, "late"))

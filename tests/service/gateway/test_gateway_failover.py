@@ -331,3 +331,43 @@ def deadly(worker: FakePrefill | FakeDecode, at: int) -> Any:
         return letters(prompt, index)
 
     return token
+
+
+class CrashLoop:
+    """A decode worker that dies of whatever it is asked to decode, and is started again at once, for ever."""
+
+    def __init__(self, worker: FakeDecode) -> None:
+        self.num_deaths = 0
+        self._digest, self._port = worker.model_digest, int(worker.address.rpartition(":")[2])
+        self._worker = worker
+        self._dying = asyncio.Event()
+        worker.token = self._token
+        self.task = asyncio.create_task(self._run())
+
+    def _token(self, prompt: Sequence[int], index: int) -> int:
+        self._dying.set()
+        raise TandemError(Reason.ENGINE_FAILED, "the process is gone")
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._dying.wait()
+                await self._worker.kill()
+                self.num_deaths += 1
+                self._dying.clear()
+                self._worker = FakeDecode(self._digest, self._token)
+                await self._worker.start(self._port)
+        finally:
+            await self._worker.kill()
+
+
+async def test_a_crash_loop_is_left_alone_and_harms_no_request(make_suite: MakeSuite) -> None:
+    suite = await make_suite(1, 2)
+    loop = CrashLoop(suite.decodes[0])
+    for number in range(40):
+        several = (suite.generate(text=f"{number} {each}", stopping={"max_tokens": 5}) for each in range(5))
+        assert [answer.error for answer in await asyncio.gather(*several)] == [None] * 5
+    assert 2 <= loop.num_deaths < 10
+    assert suite.gateway.counts().num_ejections > 0
+    loop.task.cancel()
+    await asyncio.gather(loop.task, return_exceptions=True)

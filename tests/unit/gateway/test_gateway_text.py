@@ -110,7 +110,7 @@ async def test_stop_strings_count_from_min_tokens_on() -> None:
 
 
 async def test_what_a_slow_writer_has_not_taken_is_one_output() -> None:
-    pending = PendingOutput(max_tokens=4)
+    pending = PendingOutput(max_cost=4)
     ending = Ending(FinishReason.STOP, 0, 5, Timings(0, 0, 0, 0, 0, 0, 0), Handoff())
     pending.add(Output(0, "a", tokens("a"), prompt=()))
     pending.add(Output(1, "bc", tokens("bc")))
@@ -151,3 +151,15 @@ def test_phases_add_up_to_the_wall_time(gaps_ns: list[int], prefill_queue_us: in
     timings = timeline.timings()
     assert abs(timings.wall_us - now // 1000) <= 5
     assert all(getattr(timings, name) >= 0 for name in timings.__dataclass_fields__)
+
+
+async def test_log_probabilities_take_their_room_too() -> None:
+    pending = PendingOutput(max_cost=40)
+    rich = [Token(5, -0.5, tuple((rank, -1.0) for rank in range(20)))]
+    pending.add(Output(0, "a", list(rich)))
+    assert pending._room.is_set()
+    pending.add(Output(1, "a", list(rich)))
+    assert not pending._room.is_set()
+    await pending.take()
+    pending.add(Output(2, "a", list(rich)))
+    assert pending._room.is_set()
