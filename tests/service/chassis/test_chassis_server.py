@@ -1,7 +1,10 @@
 """What every server offers: health by name, reflection, trace context, options, cancellation, deadlines."""
 
 import asyncio
+import contextlib
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 
@@ -11,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tandem.channels import call_metadata, channel_options, open_internal_channel
+from tandem.channels import call_metadata, channel_options, open_channel, open_internal_channel
 from tandem.errors import Reason, from_rpc_error
 from tandem.interceptor import CallCounts
 from tandem.server import ListenError, Server, ServerSettings, server_options
@@ -182,7 +185,10 @@ def test_frozen_peers_are_noticed_from_both_ends():
 
 FROZEN = """
 import asyncio
+import contextlib
 import signal
+import socket
+import subprocess
 import sys
 from tandem.server import Server, ServerSettings, run
 
@@ -211,3 +217,42 @@ async def test_a_frozen_server_is_noticed(repository):
         process.kill()
         await process.wait()
         await channel.close()
+
+
+FEW_DESCRIPTORS = """
+import asyncio, resource, sys
+from tandem.server import Server, ServerSettings, run
+
+async def main():
+    server = Server("toy", ServerSettings(exit_with_parent=True))
+    print(await server.start(), flush=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    server.set_ready(True)
+    async def nothing(): ...
+    await server.run_until_stopped(nothing, nothing)
+
+run(main())
+"""
+
+
+def test_e3_a_server_out_of_descriptors_serves_those_it_has_and_recovers(repository):
+    command = [sys.executable, "-c", FEW_DESCRIPTORS]
+    with subprocess.Popen(command, cwd=repository, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        asyncio.run(flood(int(process.stdout.readline())))
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+
+
+async def flood(port: int) -> None:
+    """More connections than the server has descriptors, then none of them."""
+    request = health_pb2.HealthCheckRequest(service="toy.ready")
+    async with open_channel(f"127.0.0.1:{port}") as early:
+        assert (await health_pb2_grpc.HealthStub(early).Check(request, timeout=10)).status == SERVING
+        with contextlib.ExitStack() as connections:
+            for _ in range(200):
+                connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+            assert (await health_pb2_grpc.HealthStub(early).Check(request, timeout=10)).status == SERVING
+    async with open_channel(f"127.0.0.1:{port}") as late:
+        check = health_pb2_grpc.HealthStub(late).Check(request, timeout=20, wait_for_ready=True)
+        assert (await check).status == SERVING
