@@ -29,15 +29,25 @@ START_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
+class Workers:
+    """Both workers, in one process."""
+
+    prefill_address: str
+    decode_address: str
+    process: psutil.Process
+
+
+@dataclass(frozen=True)
 class Gateway:
     """A gateway in a process of its own."""
 
     address: str
     process: psutil.Process
 
-    def cpu_s(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def main() -> None:
@@ -49,29 +59,29 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="processes that send")
     parser.add_argument("--no-follow", action="store_true", help="a decode worker that sends each token as a message of its own")
     arguments = parser.parse_args()
-    with workers(arguments.step_ms, not arguments.no_follow) as targets, gateway(targets) as served:
-        rows = asyncio.run(measure(served, arguments))
+    with workers(arguments.step_ms, not arguments.no_follow) as behind, gateway(behind) as served:
+        rows = asyncio.run(measure(served, behind, arguments))
     report(rows, arguments.step_ms)
 
 
 @contextlib.contextmanager
-def workers(step_ms: float, follow: bool) -> Iterator[tuple[str, str]]:
-    """The addresses of the two workers."""
+def workers(step_ms: float, follow: bool) -> Iterator[Workers]:
     command = [sys.executable, "-m", "bench.relay_workers", resolve_model(MODEL).digest, str(step_ms), str(int(follow))]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None, "made with pipes"
     try:
         prefill, decode = child.stdout.readline().split()
-        yield prefill, decode
+        yield Workers(prefill, decode, psutil.Process(child.pid))
     finally:
         child.stdin.close()
         child.wait()
 
 
 @contextlib.contextmanager
-def gateway(targets: tuple[str, str]) -> Iterator[Gateway]:
+def gateway(behind: Workers) -> Iterator[Gateway]:
     port = free_port("127.0.0.1")
-    flags = ("--model", MODEL, "--port", str(port), "--prefill-targets", targets[0], "--decode-targets", targets[1])
+    targets = ("--prefill-targets", behind.prefill_address, "--decode-targets", behind.decode_address)
+    flags = ("--model", MODEL, "--port", str(port), *targets)
     child = subprocess.Popen([sys.executable, "-m", "gateway", *flags])
     try:
         _wait_until_ready(f"127.0.0.1:{port}", child)
@@ -89,18 +99,24 @@ def _wait_until_ready(address: str, child: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.1)
 
 
-async def measure(served: Gateway, arguments: argparse.Namespace) -> dict[int, Figures]:
+async def measure(served: Gateway, behind: Workers, arguments: argparse.Namespace) -> dict[int, Figures]:
     rows = {}
     extent = Extent(seconds=arguments.seconds, warmup_s=0.5)
     target = {"address": served.address}
     async with generator_pool(target, arguments.processes, VOCABULARY_SIZE, drain_s=10.0) as pool:
         for streams in arguments.streams:
-            before_s = served.cpu_s()
+            before_s = [cpu_s(process) for process in (served.process, behind.process)]
             measurement = await pool.run(ClosedLoop(16, arguments.tokens, streams), extent, seed=streams)
-            spent_s = served.cpu_s() - before_s
+            spent_s, worker_s = (
+                cpu_s(process) - before for process, before in zip((served.process, behind.process), before_s, strict=True)
+            )
             num_tokens = sum(sum(record.counts) for record in measurement.records)
             num_messages = sum(len(record.counts) for record in measurement.records)
-            costs = {"us_per_token": 1e6 * spent_s / num_tokens, "tokens_per_message": num_tokens / num_messages}
+            costs = {
+                "us_per_token": 1e6 * spent_s / num_tokens,
+                "worker_us_per_token": 1e6 * worker_s / num_tokens,
+                "tokens_per_message": num_tokens / num_messages,
+            }
             rows[streams] = {**figures_of(measurement, extent, Objective()), **costs, "busy": spent_s / arguments.seconds}
     return rows
 
@@ -127,6 +143,7 @@ def report(rows: dict[int, Figures], step_ms: float) -> None:
             f"{100 * ideal:.0f} %" if step_ms else "-",
             f"{row['us_per_token']:.0f}",
             f"{100 * row['busy']:.0f} %",
+            f"{row['worker_us_per_token']:.0f}",
             f"{row['tokens_per_message']:.2f}",
             " / ".join("-" if row[key] is None else f"{row[key]:.1f}" for key in ("itl_p50_ms", "itl_p99_ms", "itl_max_ms")),
             f"{row['generator_lag_p99_ms']:.1f}",
