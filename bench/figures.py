@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.loads import Extent
-from bench.records import Measurement, Record
+from bench.records import UNFINISHED, Measurement, Record
 
 Figures = Mapping[str, Any]
 
@@ -66,7 +66,8 @@ class Window:
 
 
 def figures_of(measurement: Measurement, extent: Extent, objective: Objective) -> Figures:
-    """Latencies are those of requests sent within the window; rates count what was complete, or came, within it.
+    """Latencies are those of requests sent within the window; rates count what was complete, or came, within it. What a request
+    that was cut off at the end of a load had seen by then counts too, or an overloaded server would look quick.
 
     `handoff` is from the first token to the second, so from the end of prefill to the end of the first decode step, as the client
     sees both; `kv_wait` is the gateway's own figure for the blocks' arrival alone.
@@ -75,10 +76,11 @@ def figures_of(measurement: Measurement, extent: Extent, objective: Objective) -
     sent = [record for record in measurement.records if window.has(record.sent_us)]
     good = [record for record in sent if record.ok and record.arrivals_us]
     met = sum(objective.met_by(record) for record in good)
+    seen = [record for record in sent if (record.ok or record.error == UNFINISHED) and record.arrivals_us]
     return {
         "requests": len(sent),
         **_rates(measurement.records, window),
-        **_latencies(good),
+        **_latencies(seen),
         **_phases(good),
         "goodput_per_second": met / window.seconds,
         "attainment": met / len(sent) if sent else None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bench.loads import ClosedLoop, Planned, prompt_ids
-from bench.records import Measurement, Record
+from bench.records import UNFINISHED, Measurement, Record
 
 LAG_TICK_S = 0.01
 
@@ -117,7 +117,7 @@ class _Run:
         try:
             await self._client.send(prompt, request.completion_tokens, record, self.clock)
         except asyncio.CancelledError:
-            record.error = record.error or "UNFINISHED"
+            record.error = record.error or UNFINISHED
             raise
         if self._client.exact:
             record.fail_unless_complete(request.completion_tokens)

@@ -48,7 +48,7 @@ class ClosedLoop:
 
     @property
     def name(self) -> str:
-        return f"{self.prompt_tokens}/{self.completion_tokens}, {self.streams} streams"
+        return f"{self.prompt_tokens}/{self.completion_tokens}, {self.streams} {'stream' if self.streams == 1 else 'streams'}"
 
     @property
     def intensity(self) -> float:

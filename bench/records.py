@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The error of a request that was given up because its load was over.
+UNFINISHED = "UNFINISHED"
+
 
 @dataclass
 class Record:

@@ -73,15 +73,15 @@ def print_goals(rows: Mapping[str, Figures], goals: Sequence[Goal]) -> None:
         table.add_column(heading, justify="left" if heading in ("load: in/out tokens", "figure", "") else "right")
     for goal in goals:
         measured = rows[goal.load][goal.figure] if goal.load in rows else None
-        verdict = "not measured" if measured is None else _verdict(goal, measured)
+        verdict = "not measured" if measured is None else _verdict(goal, measured, rows[goal.load]["void"])
         limit = "" if goal.at_most is None else f"<= {goal.at_most:g}"
         table.add_row(goal.load, goal.figure, limit, _text(measured), verdict, goal.peer)
     Console(width=WIDTH).print(table)
 
 
-def _verdict(goal: Goal, measured: float) -> str:
-    if goal.at_most is None:
-        return ""
+def _verdict(goal: Goal, measured: float, void: Sequence[str]) -> str:
+    if void or goal.at_most is None:
+        return "void" if void else ""
     return "reached" if measured <= goal.at_most else f"missed by {100 * (measured / goal.at_most - 1):.0f} %"
 
 

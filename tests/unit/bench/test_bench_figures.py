@@ -87,6 +87,13 @@ def test_a_run_that_the_generator_spoilt_is_void():
     assert "cache" in cached
 
 
+def test_what_an_unfinished_request_saw_is_counted_as_latency_and_as_error():
+    records = [record(0, 0, 10, 20), record(1, 0, 900, 990, error="UNFINISHED"), record(2, 0, 5, error="WORKER_LOST")]
+    figures = figures_of(Measurement(records), Extent(seconds=1), Objective(ttft_ms=2000))
+    assert (figures["ttft_p50_ms"], figures["ttft_p99_ms"]) == (455, 900)
+    assert (figures["attainment"], figures["errors"]) == (1 / 3, {"UNFINISHED": 1, "WORKER_LOST": 1})
+
+
 def test_a_load_of_failures_only_has_no_latencies_and_is_void():
     figures = figures_of(Measurement([record(0, 0, error="HTTP 500")]), Extent(seconds=1), Objective(ttft_ms=1))
     assert figures["ttft_p50_ms"] is None and figures["itl_max_ms"] is None
