@@ -5,7 +5,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lint protos bench chaos clean
+.PHONY: run test lint protos bench chaos sim clean
 
 run: .venv/installed
 	$(BIN)/tandem up --ask "What is the capital of France?" $(ARGS)
@@ -26,6 +26,9 @@ bench: .venv/installed-bench
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.faults.chaos $(ARGS)
+
+sim: .venv/installed-dev
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),2000)) $(ARGS)
 
 clean:
 	rm -rf .venv

@@ -108,10 +108,13 @@ class PrefillEngine:
                 self._admit()
         self._wake()
 
-    def share(self, block_ids: Sequence[int]) -> None:
-        """Takes a further reference to blocks that the caller's job still holds; `free` gives it back."""
+    def share(self, job: PrefillJob) -> bool:
+        """Takes a further reference to a job's blocks, which `free` gives back; False if the job has ended: they are another's."""
         with self._lock:
-            self._allocator.share(block_ids)
+            if job.prompt not in self._jobs:
+                return False
+            self._allocator.share(job.prompt.block_ids)
+            return True
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Gives back a reference taken by `share`."""

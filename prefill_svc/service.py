@@ -107,7 +107,8 @@ class _PrefillRun:
     async def _admit(self, event: Admitted) -> None:
         ticket = None
         if not self._request.first_token_only:
-            self._engine.share(event.block_ids)
+            if not self._engine.share(self._job):
+                return  # why it has ended comes next
             self._ticket = self._producer.grant(self._request.attempt, self._job.prompt.num_tokens, event.block_ids)
             self._attempt.ticket_id = self._ticket.ticket_id
             self._producer.progress(self._ticket.ticket_id, self._num_full_blocks(event.num_cached_tokens))

@@ -78,7 +78,7 @@ async def test_a_ticket_outlives_its_job_and_then_makes_room_for_the_next() -> N
     bench = Bench(num_blocks=3)
     first, second = job(10), job(10)
     bench.engine.submit(first)
-    bench.engine.share(first.prompt.block_ids)
+    assert bench.engine.share(first)
     bench.engine.submit(second)
     while bench.engine.step():
         pass
@@ -144,3 +144,18 @@ async def test_a_late_prompt_is_not_admitted_when_room_comes() -> None:
     assert late.prompt.block_ids == []
     bench.engine.close(late)
     assert bench.allocator.num_free == bench.allocator.num_blocks
+
+
+async def test_blocks_of_a_job_that_ended_before_its_ticket_was_granted_are_not_shared() -> None:
+    bench = Bench(num_blocks=3)
+    late, next_one = job(10), job(10)
+    late.prompt.deadline = 1.0
+    bench.engine.submit(late)
+    bench.engine.submit(next_one)
+    bench.now = 1.0
+    assert bench.engine.step()
+    assert not bench.engine.share(late)
+    assert next_one.prompt.block_ids == late.prompt.block_ids
+    for each in (late, next_one):
+        bench.engine.close(each)
+    assert bench.allocator.num_free == 3

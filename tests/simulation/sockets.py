@@ -1,0 +1,413 @@
+"""TCP sockets between simulated processes, with the names of the modules `socket` and `selectors`.
+
+A stream of bytes in order. Kernels accept connections and bytes on behalf of frozen processes; buffers are so small that sends are
+often partial. A closed or dead peer shows as an end of the stream, a broken way not at all.
+"""
+
+import itertools
+import selectors as real_selectors
+import socket as real_socket
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from tests.simulation import threads
+from tests.simulation.loop import Process, SimulatedLoop, Violation
+from tests.simulation.network import Network, Pipe
+
+BUFFER_BYTES = 512
+FIRST_PORT = 40_000
+
+
+class SocketLayer:
+    """The sockets of one simulation. `mangle` may change bytes that are sent; it is given the port that they are for."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.ports = itertools.count(FIRST_PORT)
+        self.descriptors = itertools.count(1_000)
+        self.mangle: Callable[[int, bytes], bytes] = lambda port, data: data
+
+    @property
+    def loop(self) -> SimulatedLoop:
+        return self.network.loop
+
+
+def layer() -> SocketLayer:
+    """That of the running simulation."""
+    return threads.loop().sockets  # type: ignore[no-any-return]
+
+
+class Socket:
+    """socket.socket."""
+
+    def __init__(self, family: int = 2, type: int = 1, proto: int = 0, fileno: int | None = None) -> None:
+        self._layer = layer()
+        self.process: Process = self._layer.loop.current
+        self._descriptor = next(self._layer.descriptors)
+        self._timeout: float | None = None
+        self._name: tuple[str, int] = ("", 0)
+        self._peer: Socket | None = None
+        self._out: Pipe | None = None
+        self._port = 0
+        self._received = bytearray()
+        self._unread_there = 0
+        self._ended = False
+        self._connected = False
+        self._backlog: list[Socket] | None = None
+        self._reader: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+        self._writer: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+        self._waiting: list[threads.Thread] = []
+        self._polled = False
+        self.selectors: list[Selector] = []
+        self._layer.network.links.append(self)
+
+    # Of the listening side.
+
+    def bind(self, address: tuple[str, int]) -> None:
+        port = address[1] or next(self._layer.ports)
+        self._name = (address[0], port)
+
+    def listen(self, backlog: int = 128) -> None:
+        key = f"{self._name[0]}:{self._name[1]}"
+        if key in self._layer.network.listeners:
+            raise OSError(98, "Address already in use")
+        self._layer.network.listeners[key] = self
+        self._backlog = []
+
+    def accept(self) -> "tuple[Socket, tuple[str, int]]":
+        self._check_open()
+        assert self._backlog is not None
+        self._wait_for(lambda: bool(self._backlog))
+        sock = self._backlog.pop(0)
+        return sock, ("peer", 0)
+
+    def getsockname(self) -> tuple[str, int]:
+        return self._name
+
+    # Connecting.
+
+    def connect(self, address: tuple[str, int]) -> None:
+        outcome: list[OSError | None] = []
+        self._begin_connect(address, outcome.append)
+        self._wait_for(lambda: bool(outcome))
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    async def connect_soon(self, address: tuple[str, int]) -> None:
+        done = self._layer.loop.create_future()
+        self._begin_connect(address, lambda error: done.done() or done.set_result(error))
+        error = await done
+        if error is not None:
+            raise error
+
+    def _begin_connect(self, address: tuple[str, int], tell: Callable[[OSError | None], Any]) -> None:
+        """The other kernel answers, even for a frozen process; nobody does through a cut."""
+        network = self._layer.network
+        listener = network.listeners.get(f"{address[0]}:{address[1]}")
+
+        def finish(error: OSError | None) -> None:
+            if error is None:
+                self._connected = True
+            tell(error)
+            self._changed()
+
+        if not isinstance(listener, Socket):
+            self._layer.loop.call_later(network.delay(), finish, ConnectionRefusedError(111, "Connection refused"))
+            return
+        if not network.reachable_both_ways(self.process, listener.process):
+            return
+        there = listener._accept_from(self, address[1])
+        self._layer.loop.call_later(network.delay(), finish, None if there else ConnectionRefusedError(111, "refused"))
+
+    def _accept_from(self, client: "Socket", port: int) -> "Socket | None":
+        if self._backlog is None:
+            return None
+        before, self._layer.loop.current = self._layer.loop.current, self.process
+        try:
+            there = Socket()
+        finally:
+            self._layer.loop.current = before
+        there._connected = True
+        join(client, there, port)
+        self._backlog.append(there)
+        self._changed()
+        return there
+
+    # Bytes.
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        self._check_open()
+        if self._ended or self._peer is None or self._out is None:
+            raise BrokenPipeError(32, "Broken pipe")
+        self._wait_for(lambda: self._unread_there < BUFFER_BYTES or self._ended)
+        if self._ended:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        part = bytes(data[: BUFFER_BYTES - self._unread_there])
+        self._unread_there += len(part)
+        self._out.send(self._peer._arrive, self._layer.mangle(self._port, part))
+        return len(part)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self.send(view) :]
+
+    def recv(self, count: int, flags: int = 0) -> bytes:
+        self._check_open()
+        self._wait_for(lambda: bool(self._received) or self._ended)
+        data = bytes(self._received[:count])
+        if not flags & real_socket.MSG_PEEK:
+            self._take(len(data))
+        return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        data = self.recv(nbytes or len(buffer), flags)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _take(self, count: int) -> None:
+        del self._received[:count]
+        if count and self._peer is not None and self._out is not None:
+            self._out.send(self._peer._acknowledged, count)
+
+    def _arrive(self, data: bytes) -> None:
+        if self._descriptor >= 0 and not self._ended:
+            self._received += data
+            self._changed()
+
+    def _acknowledged(self, count: int) -> None:
+        self._unread_there -= count
+        self._changed()
+
+    def _end(self) -> None:
+        """The peer is gone."""
+        self._ended = True
+        self._changed()
+
+    # Life.
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor < 0:
+            return
+        self._descriptor = -1
+        self._leave()
+        if self._peer is not None and self._out is not None:
+            self._out.send(self._peer._end)
+
+    def shutdown(self, how: int) -> None:
+        self.close()
+
+    def died(self, process: Process) -> None:
+        """Of a network link."""
+        if process is not self.process:
+            return
+        self._descriptor = -1
+        self._leave()
+        network, peer = self._layer.network, self._peer
+        if peer is not None and not network.is_cut(process, peer.process):
+            self._layer.loop.deliver(peer.process, self._layer.loop.time() + network.delay(), peer._end)
+
+    def look(self) -> None:
+        """Of a network link: kernels do not mind a cut for minutes."""
+
+    def _leave(self) -> None:
+        self._reader = self._writer = None
+        network = self._layer.network
+        if self in network.links:
+            network.links.remove(self)
+        for address in [address for address, listener in network.listeners.items() if listener is self]:
+            del network.listeners[address]
+        for waiting in self._backlog or ():
+            waiting.close()
+        self._backlog = None
+
+    def _check_open(self) -> None:
+        if self._descriptor < 0:
+            raise OSError(9, "Bad file descriptor")
+
+    def __enter__(self) -> "Socket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Options.
+
+    def setsockopt(self, *_: Any) -> None:
+        pass
+
+    def setblocking(self, blocking: bool) -> None:
+        self._timeout = None if blocking else 0.0
+
+    def settimeout(self, timeout: float | None) -> None:
+        self._timeout = timeout
+
+    # Waiting.
+
+    def readable(self) -> bool:
+        return bool(self._received) or self._ended or bool(self._backlog)
+
+    def writable(self) -> bool:
+        return self._connected and (self._unread_there < BUFFER_BYTES or self._ended)
+
+    def _wait_for(self, holds: Callable[[], bool]) -> None:
+        if holds():
+            return
+        if self._timeout == 0.0:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        thread = threads.current()
+        if thread is None:
+            raise Violation("an event loop was blocked by a socket")
+        loop = self._layer.loop
+        deadline = None if self._timeout is None else loop.time() + self._timeout
+        while not holds():
+            if deadline is not None and loop.time() >= deadline:
+                raise TimeoutError("timed out")
+            if deadline is not None:
+                thread.resume(deadline - loop.time())
+            self._waiting.append(thread)
+            thread.park()
+            if thread in self._waiting:
+                self._waiting.remove(thread)
+            self._check_open()
+
+    def add_reader(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        self._reader = (callback, arguments)
+        self._poll()
+
+    def remove_reader(self) -> bool:
+        self._reader, had = None, self._reader is not None
+        return had
+
+    def add_writer(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        self._writer = (callback, arguments)
+        self._poll()
+
+    def remove_writer(self) -> bool:
+        self._writer, had = None, self._writer is not None
+        return had
+
+    def _changed(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for thread in waiting:
+            thread.resume()
+        for selector in self.selectors:
+            selector.wake()
+        self._poll()
+
+    def _poll(self) -> None:
+        """Level-triggered, as epoll: asks again as long as somebody is told and does not take."""
+        wanted = (self._reader is not None and self.readable()) or (self._writer is not None and self.writable())
+        if wanted and not self._polled:
+            self._polled = True
+            self._layer.loop.deliver(self.process, self._layer.loop.time(), self._tell)
+
+    def _tell(self) -> None:
+        self._polled = False
+        if self._reader is not None and self.readable():
+            self._reader[0](*self._reader[1])
+        if self._writer is not None and self.writable():
+            self._writer[0](*self._writer[1])
+        self._poll()
+
+
+def join(client: Socket, server: Socket, port: int) -> None:
+    """Connects two sockets."""
+    network = client._layer.network
+    client._peer, server._peer = server, client
+    client._out = Pipe(network, client.process, server.process)
+    server._out = Pipe(network, server.process, client.process)
+    client._port = server._port = port
+    client._connected = server._connected = True
+
+
+class Selector:
+    """selectors.DefaultSelector, for reading."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Any, SimpleNamespace] = {}
+        self._thread: threads.Thread | None = None
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> SimpleNamespace:
+        key = self._keys[fileobj] = SimpleNamespace(fileobj=fileobj, events=events, data=data, fd=fileobj.fileno())
+        fileobj.selectors.append(self)
+        return key
+
+    def unregister(self, fileobj: Any) -> SimpleNamespace:
+        fileobj.selectors.remove(self)
+        return self._keys.pop(fileobj)
+
+    def get_map(self) -> dict[Any, SimpleNamespace]:
+        return self._keys
+
+    def select(self, timeout: float | None = None) -> list[tuple[SimpleNamespace, int]]:
+        loop, thread = threads.loop(), threads.current()
+        deadline = None if timeout is None else loop.time() + timeout
+        while True:
+            ready = [(key, real_selectors.EVENT_READ) for key in self._keys.values() if key.fileobj.readable()]
+            if ready or (deadline is not None and loop.time() >= deadline):
+                return ready
+            if thread is None:
+                raise Violation("an event loop was blocked by a selector")
+            self._thread = thread
+            if deadline is not None:
+                thread.resume(deadline - loop.time())
+            thread.park()
+            self._thread = None
+
+    def wake(self) -> None:
+        if self._thread is not None:
+            self._thread.resume()
+
+    def close(self) -> None:
+        for fileobj in list(self._keys):
+            self.unregister(fileobj)
+
+
+class SocketModule:
+    """Stands for the module `socket`."""
+
+    socket = Socket
+    timeout = TimeoutError
+    error = OSError
+    gaierror = real_socket.gaierror
+
+    def __getattr__(self, name: str) -> Any:
+        if name.isupper():
+            return getattr(real_socket, name)
+        raise AttributeError(f"socket.{name} is not simulated")
+
+    @staticmethod
+    def getaddrinfo(host: str, port: Any, *_: Any, **__: Any) -> list[Any]:
+        return [(2, 1, 6, "", (host, int(port or 0)))]
+
+    @staticmethod
+    def create_server(address: tuple[str, int], **_: Any) -> Socket:
+        sock = Socket()
+        sock.bind(address)
+        sock.listen()
+        return sock
+
+    @staticmethod
+    def create_connection(address: tuple[str, int], timeout: float | None = None, **_: Any) -> Socket:
+        sock = Socket()
+        sock.settimeout(timeout)
+        try:
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    @staticmethod
+    def socketpair(*_: Any, **__: Any) -> tuple[Socket, Socket]:
+        one, other = Socket(), Socket()
+        join(one, other, 0)
+        return one, other
+
+
+SELECTORS = SimpleNamespace(DefaultSelector=Selector, EVENT_READ=real_selectors.EVENT_READ, EVENT_WRITE=real_selectors.EVENT_WRITE)

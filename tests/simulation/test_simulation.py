@@ -1,0 +1,39 @@
+"""The simulation in `make test`: many seeds, what failed before, and whether a seed means the same every time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SEEDS = 2000
+REGRESSIONS: dict[int, str] = {}
+"""Seeds that failed, and what they found."""
+
+
+def simulate(repository: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the simulation changes modules, and other tests leave theirs running."""
+    command = [sys.executable, "-m", "tests.simulation", *arguments]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.timeout(600)
+def test_every_seed_keeps_the_invariants(repository: Path) -> None:
+    done = simulate(repository, "--seeds", str(SEEDS))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{SEEDS} seeds" in done.stdout
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_what_failed_before_holds_now(repository: Path, seed: int) -> None:
+    done = simulate(repository, "--seed", str(seed))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+def test_a_seed_means_the_same_in_every_process(repository: Path) -> None:
+    logs = [simulate(repository, "--seed", "12", hash_seed=hash_seed).stdout for hash_seed in ("0", "1")]
+    assert len(logs[0].splitlines()) > 20
+    assert logs[0] == logs[1]

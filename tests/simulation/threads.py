@@ -1,0 +1,284 @@
+"""Threads of simulated processes: each a greenlet that runs until it waits for something, on the loop's virtual time.
+
+The names are those of the `threading`, `time` and `concurrent.futures` modules, which they stand for in the product's modules.
+"""
+
+import asyncio
+import itertools
+import time as real_time
+from collections import deque
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+
+from tests.simulation.loop import PROCESS, Process, SimulatedLoop, Violation
+
+
+def loop() -> SimulatedLoop:
+    return asyncio.get_running_loop()  # type: ignore[return-value]
+
+
+class Thread:
+    """threading.Thread."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        group: None = None,
+        target: Callable[..., Any] | None = None,
+        name: str = "",
+        args: Any = (),
+        kwargs: Any = None,
+        *,
+        daemon: bool | None = None,
+    ) -> None:
+        self.name = name
+        self.daemon = daemon
+        self.ident = next(self._numbers)
+        self._work = lambda: target(*args, **(kwargs or {})) if target is not None else None
+        self._greenlet: greenlet | None = None
+        self._process: Process | None = None
+        self._over = Event()
+
+    def start(self) -> None:
+        self._process = loop().current
+        self._process.threads.add(self)
+        self._greenlet = greenlet(self._run, parent=_hub())
+        self._greenlet.gr_context = self._process.context.copy()
+        self._greenlet.simulated_thread = self  # type: ignore[attr-defined]
+        self.resume()
+
+    def is_alive(self) -> bool:
+        return self._greenlet is not None and not self._greenlet.dead
+
+    def join(self, timeout: float | None = None) -> None:
+        self._over.wait(timeout)
+
+    def resume(self, delay_s: float = 0.0) -> None:
+        """Goes on soon with what it was doing when it called `park`."""
+        assert self._process is not None
+        clock = self._process.loop
+        if self._process.alive:
+            clock.deliver(self._process, clock.time() + delay_s, self._switch)
+
+    @staticmethod
+    def park() -> None:
+        """Waits for `resume`; which may also come for another reason than the one waited for."""
+        me = getcurrent()
+        assert me.parent is not None
+        me.parent.switch()
+
+    def end(self) -> None:
+        """The process is dead."""
+        if self._process is not None:
+            self._process.threads.discard(self)
+        if self._greenlet is not None and not self._greenlet.dead:
+            self._greenlet.throw()
+
+    def _switch(self) -> None:
+        if self._greenlet is not None and not self._greenlet.dead:
+            self._greenlet.parent = getcurrent()
+            self._greenlet.switch()
+
+    def _run(self) -> None:
+        assert self._process is not None
+        try:
+            self._work()
+        except Exception as error:
+            self._process.loop.violations.append(f"I6: {self._process}: thread {self.name} died of {error!r}")
+        finally:
+            self._process.threads.discard(self)
+            self._over.set()
+
+
+def _hub() -> greenlet:
+    """The greenlet that the loop runs in."""
+    here = getcurrent()
+    return here if here.parent is None else here.parent
+
+
+def current() -> Thread | None:
+    """The simulated thread that runs now; None on the loop itself."""
+    return getattr(getcurrent(), "simulated_thread", None)
+
+
+def _blocking(what: str) -> Thread:
+    thread = current()
+    if thread is None:
+        raise Violation(f"an event loop was blocked by {what}")
+    return thread
+
+
+class Event:
+    """threading.Event."""
+
+    def __init__(self) -> None:
+        self._flag = False
+        self._waiting: list[Thread] = []
+
+    def is_set(self) -> bool:
+        return self._flag
+
+    def set(self) -> None:
+        self._flag = True
+        waiting, self._waiting = self._waiting, []
+        for thread in waiting:
+            thread.resume()
+
+    def clear(self) -> None:
+        self._flag = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._flag:
+            return True
+        thread = _blocking("waiting for a threading.Event")
+        clock = loop()
+        deadline = None if timeout is None else clock.time() + timeout
+        while not self._flag and (deadline is None or clock.time() < deadline):
+            self._waiting.append(thread)
+            if deadline is not None:
+                thread.resume(deadline - clock.time())
+            thread.park()
+            if thread in self._waiting:
+                self._waiting.remove(thread)
+        return self._flag
+
+
+class Lock:
+    """threading.Lock. Nobody may wait for anything while holding one, so nobody ever waits for one."""
+
+    def __init__(self) -> None:
+        self._held = False
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if self._held:
+            if not blocking:
+                return False
+            raise Violation("a lock was held while its owner waited for something else")
+        self._held = True
+        return True
+
+    def release(self) -> None:
+        self._held = False
+
+    def locked(self) -> bool:
+        return self._held
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class RLock(Lock):
+    """threading.RLock."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        return True
+
+
+class Local:
+    """threading.local, of which a process without real threads needs one value only."""
+
+
+_MAIN = object()
+
+
+class Threading:
+    """Stands for the module `threading`."""
+
+    Thread = Thread
+    Event = Event
+    Lock = Lock
+    RLock = RLock
+    local = Local
+
+    @staticmethod
+    def current_thread() -> Any:
+        return current()
+
+    @staticmethod
+    def main_thread() -> Any:
+        return _MAIN
+
+    @staticmethod
+    def get_ident() -> int:
+        thread = current()
+        return 0 if thread is None else thread.ident
+
+
+class Time:
+    """Stands for the module `time`."""
+
+    struct_time = real_time.struct_time
+
+    @staticmethod
+    def monotonic() -> float:
+        return loop().time()
+
+    perf_counter = time = monotonic
+
+    @staticmethod
+    def monotonic_ns() -> int:
+        return round(loop().time() * 1e9)
+
+    perf_counter_ns = time_ns = monotonic_ns
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        thread = _blocking("time.sleep")
+        clock = loop()
+        until = clock.time() + seconds
+        while clock.time() < until:
+            thread.resume(until - clock.time())
+            thread.park()
+
+
+class SimulatedExecutor(futures.Executor):
+    """concurrent.futures.ThreadPoolExecutor: jobs begin a little later, at most `max_workers` at once."""
+
+    def __init__(self, max_workers: int = 4, thread_name_prefix: str = "pool", **_: Any) -> None:
+        self._max_workers = max_workers
+        self._name = thread_name_prefix
+        self._waiting: deque[tuple[futures.Future[Any], Callable[[], Any]]] = deque()
+        self._num_running = 0
+        self._idle = Event()
+        self._idle.set()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "futures.Future[Any]":
+        job: futures.Future[Any] = futures.Future()
+        self._waiting.append((job, lambda: function(*args, **kwargs)))
+        self._idle.clear()
+        if self._num_running < self._max_workers:
+            self._num_running += 1
+            Thread(target=self._work, name=self._name).start()
+        return job
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if wait:
+            self._idle.wait()
+
+    def _work(self) -> None:
+        try:
+            while self._waiting:
+                job, function = self._waiting.popleft()
+                if not job.set_running_or_notify_cancel():
+                    continue
+                try:
+                    result = function()
+                except Exception as error:
+                    job.set_exception(error)
+                else:
+                    job.set_result(result)
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+
+def current_process() -> Process:
+    return PROCESS.get()
