@@ -66,9 +66,9 @@ def _on_cpu(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 def _on_gpus(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     import torch
 
-    transports = arguments.transports or ["cuda_ipc", "tcp"]
-    cases = [_gpu_case(name, tokens, arguments.rounds) for name in transports for tokens in _GPU_TOKENS]
     for consumer in range(min(2, torch.cuda.device_count())):
+        transports = arguments.transports or ["cuda_ipc", *(["nccl"] if consumer else []), "tcp"]
+        cases = [_gpu_case(name, tokens, arguments.rounds) for name in transports for tokens in _GPU_TOKENS]
         pair = Pair(_LLAMA_8B, _LLAMA_8B.blocks_for(max(_GPU_TOKENS)) + 64, "cuda:0", f"cuda:{consumer}")
         where = f"{pair.producer_device} to {pair.consumer_device}, {torch.cuda.get_device_name(consumer)}"
         parts = measure_gpu_parts(pair)

@@ -1,17 +1,27 @@
 """Which transport a pull takes, and why."""
 
+from __future__ import annotations
+
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.mapped_file import UnmappableError
 from kvtransfer.peers import Peer, Peers
-from kvtransfer.ticket import CudaIpcOffer, KvTicket, ShmOffer, TcpOffer
+from kvtransfer.ticket import CudaIpcOffer, KvTicket, NcclOffer, ShmOffer, TcpOffer
+from kvtransfer.transports.nccl_link import LinkError, nccl_version
 from llm.kv.device_memory import DeviceMemoryError
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
 
-OfferT = TypeVar("OfferT", CudaIpcOffer, ShmOffer, TcpOffer)
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # it needs what only machines with a GPU have
+    from kvtransfer.device_blocks import DeviceBlocks
+
+OfferT = TypeVar("OfferT", CudaIpcOffer, ShmOffer, NcclOffer, TcpOffer)
 
 
 @dataclass(frozen=True)
@@ -32,33 +42,37 @@ class NotOfferedError(Exception):
 class Chooser:
     """Chooses for a pool: the first of `allowed` that the producer offers and that works. `fastest`: the best for such a pool."""
 
-    def __init__(self, allowed: Sequence[str], pool: KvPool, peers: Peers) -> None:
-        self._device = pool.tensor.device
+    def __init__(self, allowed: Sequence[str], pool: KvPool, blocks: HostBlocks | DeviceBlocks, peers: Peers) -> None:
+        self._pool = pool
+        self._blocks = blocks
         self._peers = peers
         fastest = "cuda_ipc" if pool.on_device else "shm"
         self._allowed = usable(allowed, pool)
         self._against = () if fastest in allowed else (f"{fastest} is switched off here",)
 
     async def choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
-        """Choosing shm or cuda_ipc opens the producer's pool. FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is no way."""
+        """Choosing shm or cuda_ipc opens the producer's pool, and nccl makes a link to it.
+
+        FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is no way.
+        """
         against = list(self._against)
         for name in self._allowed:
             try:
                 reason = await self._try(name, ticket, peer)
                 return TransportChoice(name, reason or "; ".join(against) or "preferred here")
-            except (NotOfferedError, UnmappableError, DeviceMemoryError) as error:
+            except (NotOfferedError, UnmappableError, DeviceMemoryError, LinkError) as error:
                 against.append(str(error))
         message = f"no way to fetch the blocks: {'; '.join(against)}"
         raise TandemError(Reason.KV_LAYOUT_MISMATCH, message, metadata={"producer_id": ticket.producer_id})
 
     async def _try(self, name: str, ticket: KvTicket, peer: Peer) -> str:
-        """What speaks for it by itself; nothing for tcp. Raises if it does not work."""
+        """What speaks for it by itself; nothing for those that are taken for want of a better. Raises if it does not work."""
         match name:
             case "cuda_ipc":
                 memory = _offer_of(ticket, CudaIpcOffer, name).memory
                 _check_bounds(ticket, memory.num_bytes)
                 self._fence(ticket, peer)
-                opened = await self._peers.open(peer, memory, self._device)
+                opened = await self._peers.open(peer, memory, self._pool.tensor.device)
                 return "same GPU, opened" if opened.on_same_device else "same host, read from GPU to GPU"
             case "shm":
                 offer = _offer_of(ticket, ShmOffer, name)
@@ -66,6 +80,9 @@ class Chooser:
                 self._peers.map(peer, offer.file)
                 self._fence(ticket, peer)
                 return "same host, mapped read-only"
+            case "nccl":
+                await self._join(_offer_of(ticket, NcclOffer, name), peer)
+                return ""
             case _:
                 _offer_of(ticket, TcpOffer, name)
                 return ""
@@ -77,11 +94,32 @@ class Chooser:
         if max(ticket.block_ids) >= fence.num_blocks:
             raise NotOfferedError("ticket names blocks that are not fenced")
 
+    async def _join(self, offer: NcclOffer, peer: Peer) -> None:
+        exported = self._pool.exported
+        assert exported is not None and not isinstance(self._blocks, HostBlocks), "nccl is for GPUs"
+        if offer.device_uuid == exported.device_uuid:
+            raise LinkError("NCCL does not join two processes of one GPU")
+        if (own := nccl_version()) != offer.nccl_version:
+            raise LinkError(f"producer's NCCL is {offer.nccl_version}, this worker's {own}")
+        await self._peers.join(peer, self._blocks)
+
 
 def usable(transports: Sequence[str], pool: KvPool) -> tuple[str, ...]:
     """Those by which such a pool's blocks can go or come at all."""
-    impossible = "shm" if pool.on_device else "cuda_ipc"
-    return tuple(name for name in transports if name != impossible and (name != "shm" or pool.shared is not None))
+    possible = {"cuda_ipc", "nccl", "tcp"} if pool.on_device else {"shm", "tcp"} if pool.shared is not None else {"tcp"}
+    return tuple(name for name in transports if name in possible)
+
+
+def offerable(transports: Sequence[str], pool: KvPool) -> tuple[str, ...]:
+    """Those of the usable ones for which nothing is missing on this machine."""
+    names = usable(transports, pool)
+    try:
+        if "nccl" in names:
+            nccl_version()
+    except LinkError as error:
+        logger.info("nccl is not offered: %s", error)
+        return tuple(name for name in names if name != "nccl")
+    return names
 
 
 def offer_of(ticket: KvTicket, kind: type[OfferT]) -> OfferT | None:

@@ -40,6 +40,18 @@ class DeviceBlocks:
         """Copies blocks to rows of `pinned` memory."""
         self._lane.load(block_ids, staged)
 
+    def gather(self, block_ids: Sequence[int], row: torch.Tensor) -> None:
+        """Copies blocks into a `row`."""
+        self._lane.gather(block_ids, row)
+
+    def scatter(self, row: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+        """Copies a `row` into blocks; the checksums of what then lies in them."""
+        return self._lane.scatter(row, block_ids)
+
+    def row(self, num_blocks: int) -> torch.Tensor:
+        """Blocks on the GPU beside the pool."""
+        return torch.empty_like(self._pool.tensor[:num_blocks])
+
     def pinned(self, num_blocks: int) -> torch.Tensor:
         """Host memory, a row a block, that the GPU can copy to and from while the host does something else."""
         return torch.empty(num_blocks, self.block_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

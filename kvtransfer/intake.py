@@ -80,7 +80,7 @@ class Crew:
 
     async def __aexit__(self, *_: object) -> None:
         self._stopped = True
-        await _settled(self._jobs)
+        await settled(self._jobs)
 
     def start(self, first_block_index: int, checksums: Sequence[int], arrive: Arrival) -> None:
         """Has a run of blocks brought in and verified. Split over threads."""
@@ -148,7 +148,7 @@ async def follow(frames: AsyncGenerator[Frame, None], pull: Pull, arrive: Arriva
     raise InterruptedPullError("the producer's stream ended without its last frame")
 
 
-async def _settled(jobs: Sequence[asyncio.Future[None]]) -> None:
+async def settled(jobs: Sequence[asyncio.Future[None]]) -> None:
     """Returns when all jobs are done, whatever became of them; a cancel meanwhile is raised after that."""
     cancelled: asyncio.CancelledError | None = None
     while pending := [job for job in jobs if not job.done()]:

@@ -31,6 +31,11 @@ class Outbox:
         self._num_told = 0
         self._changed = asyncio.Event()
 
+    @property
+    def num_told(self) -> int:
+        """Blocks that readers may know of."""
+        return self._num_told
+
     def notify(self) -> None:
         """Wakes everyone who waits; the entry, or what is known of it, has changed."""
         self._changed.set()

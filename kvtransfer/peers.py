@@ -1,8 +1,11 @@
 """What a consumer keeps open towards each producer."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
 import torch
@@ -13,6 +16,8 @@ from kvtransfer.lifeline import Lifeline
 from kvtransfer.mapped_file import UnmappableError, is_gone
 from kvtransfer.pull_state import StalledPullError
 from kvtransfer.ticket import HeartbeatPort, KvTicket, TcpOffer
+from kvtransfer.transports.nccl import NcclClient
+from kvtransfer.transports.nccl_link import MAX_LINKS, LinkError
 from kvtransfer.transports.shm import Mapping
 from kvtransfer.transports.tcp import TcpClient
 from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
@@ -20,6 +25,10 @@ from llm.kv.exported_memory import ExportedMemory
 from llm.kv.memory_file import MemoryFile
 from tandem.errors import TandemError
 
+if TYPE_CHECKING:  # it needs what only machines with a GPU have
+    from kvtransfer.device_blocks import DeviceBlocks
+
+ResultT = TypeVar("ResultT")
 Lifelines = Callable[[HeartbeatPort, str], Lifeline]
 
 
@@ -38,6 +47,8 @@ class Peer:
         self.fence: Fence | None = None
         self.opening: asyncio.Task[ImportedMemory] | None = None
         """Opens its GPU memory; that is tried once."""
+        self.joining: asyncio.Task[NcclClient] | None = None
+        """Makes its NCCL link; that is tried once."""
         self._tcp: TcpClient | None = None
         self._lifelines = lifelines
         self._lifeline: Lifeline | None = None
@@ -95,16 +106,23 @@ class Peer:
     @property
     def memory(self) -> ImportedMemory | None:
         """Its GPU memory, once that is open."""
-        opened = self.opening is not None and self.opening.done() and not self.opening.cancelled()
-        return self.opening.result() if self.opening is not None and opened and self.opening.exception() is None else None
+        return _result(self.opening)
+
+    @property
+    def nccl(self) -> NcclClient | None:
+        """The link to it, once that is made."""
+        return _result(self.joining)
 
     async def close(self) -> None:
         if self.mapping is not None:
             self.mapping.close()
         if self.fence is not None:
             self.fence.close()
-        if self.opening is not None:
-            await asyncio.wait([self.opening])
+        for task in (self.opening, self.joining):
+            if task is not None:
+                await asyncio.wait([task])
+        if self.nccl is not None:
+            await self.nccl.close()
         if self.memory is not None:
             await asyncio.to_thread(self.memory.close)
         self._close_tcp()
@@ -179,6 +197,17 @@ class Peers:
             raise DeviceMemoryError("producer has offered other memory before under the same id")
         return memory
 
+    async def join(self, peer: Peer, blocks: DeviceBlocks) -> None:
+        """The peer's NCCL link; takes a second or so at the first time. Raises LinkError."""
+        if peer.joining is None:
+            num_links = sum(other.joining is not None for other in self._peers.values())
+            if num_links >= MAX_LINKS:
+                raise LinkError(f"this worker has {num_links} NCCL links already")
+            peer.joining = asyncio.create_task(NcclClient.join(peer.control, blocks))
+        client = await asyncio.shield(peer.joining)
+        if client.lost:
+            raise LinkError("the NCCL link to the producer was lost")
+
     async def close(self) -> None:
         """No pull may run any more."""
         for peer in self._peers.values():
@@ -205,3 +234,10 @@ class Peers:
         task = asyncio.create_task(peer.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+def _result(task: asyncio.Task[ResultT] | None) -> ResultT | None:
+    """What a task that ended well gave."""
+    if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+        return None
+    return task.result()

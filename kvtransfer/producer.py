@@ -8,26 +8,19 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.blocks import blocks_of
-from kvtransfer.choice import usable
+from kvtransfer.choice import offerable
 from kvtransfer.counters import ProducerCounters
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.heart_server import HeartServer
+from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.ledger import TicketLedger, not_found
+from kvtransfer.links import Links
+from kvtransfer.offers import offer_for
 from kvtransfer.outbox import Checksummer, Outbox
 from kvtransfer.pulse import Pulse
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
-from kvtransfer.ticket import (
-    TRANSPORTS,
-    BlockFence,
-    CudaIpcOffer,
-    HeartbeatPort,
-    KvTicket,
-    ShmOffer,
-    TcpOffer,
-    TransportOffer,
-    check_names,
-)
+from kvtransfer.ticket import TRANSPORTS, BlockFence, HeartbeatPort, KvTicket, TransportOffer, check_names
 from kvtransfer.transports.tcp_server import TcpServer
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -70,7 +63,7 @@ class KvProducer:
         heart: Callable[[Pulse, str, str], HeartServer] = HeartServer,
     ) -> None:
         self.identity = identity
-        self.transports = usable(check_names(transports), pool)
+        self.transports = offerable(check_names(transports), pool)
         self.block_tokens = pool.layout.block_tokens
         self.block_bytes = pool.layout.block_bytes
         self._pool = pool
@@ -81,6 +74,7 @@ class KvProducer:
         blocks = blocks_of(pool)
         self._checksummer = Checksummer(blocks, self._fail)
         self._stage = stage_of(blocks)
+        self.links = None if isinstance(blocks, HostBlocks) else Links(blocks)
         self._tcp = TcpServer(self._stage, pool.layout.block_bytes, self, kv_host) if "tcp" in transports else None
         self._heart = heart(self._ledger.pulse, identity.producer_id, kv_host)
         self._heartbeat: HeartbeatPort | None = None
@@ -97,7 +91,7 @@ class KvProducer:
         """Listens for consumers; before the first grant."""
         self._heartbeat = HeartbeatPort(self._advertised_host, await asyncio.to_thread(self._heart.start))
         tcp_port = await self._tcp.start() if self._tcp is not None else 0
-        self._offers = tuple(self._offer(name, tcp_port) for name in self.transports)
+        self._offers = tuple(offer_for(name, self._pool, self._advertised_host, tcp_port) for name in self.transports)
 
     @property
     def num_outstanding(self) -> int:
@@ -171,6 +165,11 @@ class KvProducer:
         self.check(ticket_id, epoch)
         return self._outboxes[ticket_id].entry.block_ids
 
+    def told_blocks(self, ticket_id: str, epoch: int) -> tuple[int, ...]:
+        """Those that readers know of. Raises TICKET_NOT_FOUND."""
+        block_ids = self.block_ids(ticket_id, epoch)
+        return block_ids[: self._outboxes[ticket_id].num_told]
+
     def is_outstanding(self, ticket_id: str) -> bool:
         """Whether the ticket's blocks have not been freed."""
         return self._ledger.get(ticket_id) is not None
@@ -233,14 +232,8 @@ class KvProducer:
         await asyncio.to_thread(self._heart.close)
         await self._checksummer.close()
         await self._stage.close()
-
-    def _offer(self, name: str, tcp_port: int) -> TransportOffer:
-        shared, exported = self._pool.shared, self._pool.exported
-        if name == "cuda_ipc" and exported is not None:
-            return CudaIpcOffer(exported)
-        if name == "shm" and shared is not None:
-            return ShmOffer(shared.pid, shared.fd, shared.inode, shared.boot_id, shared.num_bytes)
-        return TcpOffer(self._advertised_host, tcp_port)
+        if self.links is not None:
+            await self.links.close()
 
     def _fence(self, block_ids: Sequence[int]) -> BlockFence | None:
         table = self._pool.generations

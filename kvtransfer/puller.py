@@ -68,7 +68,7 @@ class KvPuller:
         self._clock = clock
         self._tally = PullTally()
         self._pulled = PulledTickets(clock)
-        self._chooser = Chooser(check_names(transports), pool, self._peers)
+        self._chooser = Chooser(check_names(transports), pool, self._blocks, self._peers)
         self._threads = WatchedThreads(THREADS, "kv-pull")
         self._threads.submit(self._blocks.warm_up)
 
@@ -183,6 +183,9 @@ class KvPuller:
             assert offer is not None, "tcp is chosen only if offered"
             return await peer.tcp(offer).fetch(self._stage, pull)
         frames = peer.control.frames(ticket, state.num_verified, RESUME_TIMEOUT_S if state.num_resumed else None)
+        if transport == "nccl":
+            assert peer.nccl is not None, "choosing nccl makes the link"
+            return await peer.nccl.fetch(frames, pull)
         assert peer.fence is not None, "choosing such a transport maps the fence"
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"

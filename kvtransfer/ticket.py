@@ -8,7 +8,7 @@ from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvLayout
 from llm.kv.memory_file import MemoryFile
 
-TRANSPORTS = ("cuda_ipc", "shm", "tcp")
+TRANSPORTS = ("cuda_ipc", "shm", "nccl", "tcp")
 """All that there are, best first."""
 
 ChecksumAlgorithm = Literal["xxh3_64"]
@@ -60,7 +60,15 @@ class BlockFence:
     generations: tuple[int, ...]
 
 
-TransportOffer = CudaIpcOffer | ShmOffer | TcpOffer
+@dataclass(frozen=True)
+class NcclOffer:
+    """The producer's GPU can be joined by NCCL of that version, unless it is the consumer's own."""
+
+    device_uuid: str
+    nccl_version: int
+
+
+TransportOffer = CudaIpcOffer | ShmOffer | NcclOffer | TcpOffer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,17 @@ from kvtransfer.counters import ProducerCounters, PullCounters
 from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.packets import MAX_TEXT_BYTES
 from kvtransfer.pull_state import InterruptedPullError
-from kvtransfer.ticket import TRANSPORTS, BlockFence, CudaIpcOffer, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, TransportOffer
+from kvtransfer.ticket import (
+    TRANSPORTS,
+    BlockFence,
+    CudaIpcOffer,
+    HeartbeatPort,
+    KvTicket,
+    NcclOffer,
+    ShmOffer,
+    TcpOffer,
+    TransportOffer,
+)
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvDtype, KvLayout
 from llm.kv.memory_file import MemoryFile
@@ -178,6 +188,8 @@ def _offer_to_proto(offer: TransportOffer) -> kv_pb2.TransportOffer:
     match offer:
         case CudaIpcOffer(memory):
             return kv_pb2.TransportOffer(cuda_ipc=_cuda_ipc_to_proto(memory))
+        case NcclOffer(device_uuid, nccl_version):
+            return kv_pb2.TransportOffer(nccl=kv_pb2.NcclOffer(device_uuid=device_uuid, nccl_version=nccl_version))
         case ShmOffer(pid, fd, inode, boot_id, pool_bytes):
             shm = kv_pb2.ShmOffer(pid=pid, fd=fd, inode=inode, boot_id=boot_id, pool_bytes=pool_bytes)
             return kv_pb2.TransportOffer(shm=shm)
@@ -193,6 +205,8 @@ def _offer_from_proto(message: kv_pb2.TransportOffer) -> TransportOffer | None:
             return ShmOffer(shm.pid, shm.fd, shm.inode, shm.boot_id, shm.pool_bytes)
         case "cuda_ipc":
             return CudaIpcOffer(_cuda_ipc_from_proto(message.cuda_ipc))
+        case "nccl":
+            return NcclOffer(message.nccl.device_uuid, message.nccl.nccl_version)
         case "tcp":
             return TcpOffer(message.tcp.host, message.tcp.port)
         case _:

@@ -26,7 +26,9 @@ class WeightSettings:
 class TransferSettings:
     """How KV blocks travel."""
 
-    transports: tuple[str, ...] = field(default=("cuda_ipc", "shm", "tcp"), metadata={"help": "transports to use, best first"})
+    transports: tuple[str, ...] = field(
+        default=("cuda_ipc", "shm", "nccl", "tcp"), metadata={"help": "transports to use, best first"}
+    )
     lease_s: float = field(default=5.0, metadata={"help": "seconds that finished KV blocks wait for the decode worker"})
     kv_host: str = field(default="127.0.0.1", metadata={"help": "interface for the tcp transport to listen on"})
     advertised_host: str = field(default="", metadata={"help": "host name by which other workers reach this one; empty: --host"})

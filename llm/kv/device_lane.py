@@ -67,6 +67,19 @@ class Lane:
             for row, block in zip(staged, block_ids, strict=True):
                 row.copy_(self._bytes_of(block), non_blocking=True)
 
+    def gather(self, block_ids: Sequence[int], row: torch.Tensor) -> None:
+        """Copies blocks into others of the device, [len(block_ids), ...], in one launch."""
+        with self._running():
+            copy_blocks(self._pool, row, self._upload(block_ids)[0], None)
+
+    def scatter(self, row: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+        """The other way; the checksums of what then lies in our blocks."""
+        with self._running():
+            ids = self._upload(block_ids)[0]
+            copy_blocks(row, self._pool, None, ids)
+            self._start_checksums(ids)
+        return self._checksums(len(block_ids))
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         stream = self._stream

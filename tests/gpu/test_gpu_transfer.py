@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvtransfer.puller import KvPuller
-from kvtransfer.ticket import KvTicket
+from kvtransfer.ticket import KvTicket, NcclOffer
 from kvtransfer.wire import ticket_from_proto
 from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
 from llm.kv.pool import KvPool
@@ -29,7 +29,7 @@ pytestmark = [
 
 MINE = [*range(1, 301), 600]
 UNTOUCHED = sorted({*range(NUM_BLOCKS)} - {*MINE})
-TRANSPORTS = ("cuda_ipc", "tcp")
+TRANSPORTS = ("cuda_ipc", "nccl", "tcp")
 
 
 @dataclass
@@ -72,6 +72,13 @@ def producer(request: pytest.FixtureRequest) -> Iterator[Producer]:
         yield started
 
 
+def skip_nccl_on_one_gpu(producer: Producer, pool: KvPool, transport: str) -> None:
+    assert pool.exported is not None
+    own = pool.exported.device_uuid
+    if transport == "nccl" and any(isinstance(offer, NcclOffer) and offer.device_uuid == own for offer in producer.ticket.offers):
+        pytest.skip("NCCL does not join two processes of one GPU")
+
+
 @pytest.fixture
 def pool() -> Iterator[KvPool]:
     made = KvPool.create(LAYOUT, NUM_BLOCKS, "cuda:0")
@@ -80,6 +87,8 @@ def pool() -> Iterator[KvPool]:
 
 
 def pulling(pool: KvPool, transport: str, work: Callable[[KvPuller], Awaitable[None]]) -> None:
+    """With a puller that has this transport only."""
+
     async def run() -> None:
         puller = KvPuller(pool, LAYOUT, "model", "tokenizer", channels=open_internal_channel, transports=(transport,))
         try:
@@ -92,6 +101,8 @@ def pulling(pool: KvPool, transport: str, work: Callable[[KvPuller], Awaitable[N
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_blocks_arrive_and_nothing_else_changes(producer: Producer, pool: KvPool, transport: str) -> None:
+    skip_nccl_on_one_gpu(producer, pool, transport)
+
     async def work(puller: KvPuller) -> None:
         for _ in range(3):
             pool.tensor.fill_(torch.nan)
@@ -107,6 +118,8 @@ def test_blocks_arrive_and_nothing_else_changes(producer: Producer, pool: KvPool
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_block_changed_after_it_was_told_is_refused(producer: Producer, pool: KvPool, transport: str) -> None:
+    skip_nccl_on_one_gpu(producer, pool, transport)
+
     async def work(puller: KvPuller) -> None:
         with pytest.raises(TandemError) as caught:
             await puller.pull(producer.ticket, MINE)
@@ -131,6 +144,8 @@ def test_blocks_come_to_a_pool_of_the_host(producer: Producer) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_killed_producer_harms_nobody(producer: Producer, pool: KvPool, transport: str) -> None:
     """Its memory may go, but not this process's use of the GPU."""
+
+    skip_nccl_on_one_gpu(producer, pool, transport)
 
     async def work(puller: KvPuller) -> None:
         await puller.pull(producer.ticket, MINE)

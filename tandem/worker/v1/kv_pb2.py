@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/worker/v1/kv.proto\x12\x10tandem.worker.v1\"\xbb\x03\n\x08KvTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bproducer_id\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12*\n\x06layout\x18\x06 \x01(\x0b\x32\x1a.tandem.worker.v1.KvLayout\x12\x12\n\nnum_tokens\x18\x07 \x01(\r\x12\x11\n\tblock_ids\x18\x08 \x03(\r\x12\x10\n\x08lease_ms\x18\t \x01(\x03\x12?\n\x12\x63hecksum_algorithm\x18\n \x01(\x0e\x32#.tandem.worker.v1.ChecksumAlgorithm\x12\x30\n\x06offers\x18\x0b \x03(\x0b\x32 .tandem.worker.v1.TransportOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x0c \x01(\t\x12\x32\n\theartbeat\x18\r \x01(\x0b\x32\x1f.tandem.worker.v1.HeartbeatPort\x12+\n\x05\x66\x65nce\x18\x0e \x01(\x0b\x32\x1c.tandem.worker.v1.BlockFence\"o\n\nBlockFence\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x13\n\x0btable_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bgenerations\x18\x06 \x03(\x04\"+\n\rHeartbeatPort\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\xc2\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12(\n\x05\x64type\x18\x05 \x01(\x0e\x32\x19.tandem.worker.v1.KvDtype\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1c\n\x14tensor_parallel_rank\x18\x07 \x01(\r\"\xa7\x01\n\x0eTransportOffer\x12)\n\x03shm\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.ShmOfferH\x00\x12)\n\x03tcp\x18\x02 \x01(\x0b\x32\x1a.tandem.worker.v1.TcpOfferH\x00\x12\x32\n\x08\x63uda_ipc\x18\x03 \x01(\x0b\x32\x1e.tandem.worker.v1.CudaIpcOfferH\x00\x42\x0b\n\ttransport\"W\n\x08ShmOffer\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x12\n\npool_bytes\x18\x05 \x01(\x04\"&\n\x08TcpOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\x82\x01\n\x0c\x43udaIpcOffer\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x1b\n\x13process_start_ticks\x18\x05 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x06 \x01(\t\"J\n\x0bPullRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x03 \x01(\r\"r\n\x0cPullResponse\x12/\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1d.tandem.worker.v1.BlocksReadyH\x00\x12(\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x19.tandem.worker.v1.PullEndH\x00\x42\x07\n\x05\x66rame\"r\n\x0b\x42locksReady\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\x11\n\tticket_id\x18\x04 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\"U\n\x07PullEnd\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\r\x12\x11\n\tticket_id\x18\x03 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"2\n\x0eReleaseRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x11\n\x0fReleaseResponse*f\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_DTYPE_FLOAT32\x10\x01\x12\x15\n\x11KV_DTYPE_BFLOAT16\x10\x02\x12\x14\n\x10KV_DTYPE_FLOAT16\x10\x03*W\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HECKSUM_ALGORITHM_XXH3_64\x10\x01\x32\xac\x01\n\x11KvTransferService\x12G\n\x04Pull\x12\x1d.tandem.worker.v1.PullRequest\x1a\x1e.tandem.worker.v1.PullResponse0\x01\x12N\n\x07Release\x12 .tandem.worker.v1.ReleaseRequest\x1a!.tandem.worker.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/worker/v1/kv.proto\x12\x10tandem.worker.v1\"\xbb\x03\n\x08KvTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bproducer_id\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12*\n\x06layout\x18\x06 \x01(\x0b\x32\x1a.tandem.worker.v1.KvLayout\x12\x12\n\nnum_tokens\x18\x07 \x01(\r\x12\x11\n\tblock_ids\x18\x08 \x03(\r\x12\x10\n\x08lease_ms\x18\t \x01(\x03\x12?\n\x12\x63hecksum_algorithm\x18\n \x01(\x0e\x32#.tandem.worker.v1.ChecksumAlgorithm\x12\x30\n\x06offers\x18\x0b \x03(\x0b\x32 .tandem.worker.v1.TransportOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x0c \x01(\t\x12\x32\n\theartbeat\x18\r \x01(\x0b\x32\x1f.tandem.worker.v1.HeartbeatPort\x12+\n\x05\x66\x65nce\x18\x0e \x01(\x0b\x32\x1c.tandem.worker.v1.BlockFence\"o\n\nBlockFence\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x13\n\x0btable_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bgenerations\x18\x06 \x03(\x04\"+\n\rHeartbeatPort\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\xc2\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12(\n\x05\x64type\x18\x05 \x01(\x0e\x32\x19.tandem.worker.v1.KvDtype\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1c\n\x14tensor_parallel_rank\x18\x07 \x01(\r\"\xd4\x01\n\x0eTransportOffer\x12)\n\x03shm\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.ShmOfferH\x00\x12)\n\x03tcp\x18\x02 \x01(\x0b\x32\x1a.tandem.worker.v1.TcpOfferH\x00\x12\x32\n\x08\x63uda_ipc\x18\x03 \x01(\x0b\x32\x1e.tandem.worker.v1.CudaIpcOfferH\x00\x12+\n\x04nccl\x18\x04 \x01(\x0b\x32\x1b.tandem.worker.v1.NcclOfferH\x00\x42\x0b\n\ttransport\"W\n\x08ShmOffer\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x12\n\npool_bytes\x18\x05 \x01(\x04\"&\n\x08TcpOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\x82\x01\n\x0c\x43udaIpcOffer\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x1b\n\x13process_start_ticks\x18\x05 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x06 \x01(\t\"6\n\tNcclOffer\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x14\n\x0cnccl_version\x18\x02 \x01(\r\"5\n\x0fJoinLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x11\n\tunique_id\x18\x02 \x01(\x0c\"\x12\n\x10JoinLinkResponse\"u\n\x11SendBlocksRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x11\n\tticket_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\"\x14\n\x12SendBlocksResponse\"J\n\x0bPullRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x03 \x01(\r\"r\n\x0cPullResponse\x12/\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1d.tandem.worker.v1.BlocksReadyH\x00\x12(\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x19.tandem.worker.v1.PullEndH\x00\x42\x07\n\x05\x66rame\"r\n\x0b\x42locksReady\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\x11\n\tticket_id\x18\x04 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\"U\n\x07PullEnd\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\r\x12\x11\n\tticket_id\x18\x03 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"2\n\x0eReleaseRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x11\n\x0fReleaseResponse*f\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_DTYPE_FLOAT32\x10\x01\x12\x15\n\x11KV_DTYPE_BFLOAT16\x10\x02\x12\x14\n\x10KV_DTYPE_FLOAT16\x10\x03*W\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HECKSUM_ALGORITHM_XXH3_64\x10\x01\x32\xdc\x02\n\x11KvTransferService\x12G\n\x04Pull\x12\x1d.tandem.worker.v1.PullRequest\x1a\x1e.tandem.worker.v1.PullResponse0\x01\x12N\n\x07Release\x12 .tandem.worker.v1.ReleaseRequest\x1a!.tandem.worker.v1.ReleaseResponse\x12S\n\x08JoinLink\x12!.tandem.worker.v1.JoinLinkRequest\x1a\".tandem.worker.v1.JoinLinkResponse0\x01\x12Y\n\nSendBlocks\x12#.tandem.worker.v1.SendBlocksRequest\x1a$.tandem.worker.v1.SendBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.worker.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVDTYPE']._serialized_start=1746
-  _globals['_KVDTYPE']._serialized_end=1848
-  _globals['_CHECKSUMALGORITHM']._serialized_start=1850
-  _globals['_CHECKSUMALGORITHM']._serialized_end=1937
+  _globals['_KVDTYPE']._serialized_start=2063
+  _globals['_KVDTYPE']._serialized_end=2165
+  _globals['_CHECKSUMALGORITHM']._serialized_start=2167
+  _globals['_CHECKSUMALGORITHM']._serialized_end=2254
   _globals['_KVTICKET']._serialized_start=48
   _globals['_KVTICKET']._serialized_end=491
   _globals['_BLOCKFENCE']._serialized_start=493
@@ -44,25 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVLAYOUT']._serialized_start=652
   _globals['_KVLAYOUT']._serialized_end=846
   _globals['_TRANSPORTOFFER']._serialized_start=849
-  _globals['_TRANSPORTOFFER']._serialized_end=1016
-  _globals['_SHMOFFER']._serialized_start=1018
-  _globals['_SHMOFFER']._serialized_end=1105
-  _globals['_TCPOFFER']._serialized_start=1107
-  _globals['_TCPOFFER']._serialized_end=1145
-  _globals['_CUDAIPCOFFER']._serialized_start=1148
-  _globals['_CUDAIPCOFFER']._serialized_end=1278
-  _globals['_PULLREQUEST']._serialized_start=1280
-  _globals['_PULLREQUEST']._serialized_end=1354
-  _globals['_PULLRESPONSE']._serialized_start=1356
-  _globals['_PULLRESPONSE']._serialized_end=1470
-  _globals['_BLOCKSREADY']._serialized_start=1472
-  _globals['_BLOCKSREADY']._serialized_end=1586
-  _globals['_PULLEND']._serialized_start=1588
-  _globals['_PULLEND']._serialized_end=1673
-  _globals['_RELEASEREQUEST']._serialized_start=1675
-  _globals['_RELEASEREQUEST']._serialized_end=1725
-  _globals['_RELEASERESPONSE']._serialized_start=1727
-  _globals['_RELEASERESPONSE']._serialized_end=1744
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1940
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2112
+  _globals['_TRANSPORTOFFER']._serialized_end=1061
+  _globals['_SHMOFFER']._serialized_start=1063
+  _globals['_SHMOFFER']._serialized_end=1150
+  _globals['_TCPOFFER']._serialized_start=1152
+  _globals['_TCPOFFER']._serialized_end=1190
+  _globals['_CUDAIPCOFFER']._serialized_start=1193
+  _globals['_CUDAIPCOFFER']._serialized_end=1323
+  _globals['_NCCLOFFER']._serialized_start=1325
+  _globals['_NCCLOFFER']._serialized_end=1379
+  _globals['_JOINLINKREQUEST']._serialized_start=1381
+  _globals['_JOINLINKREQUEST']._serialized_end=1434
+  _globals['_JOINLINKRESPONSE']._serialized_start=1436
+  _globals['_JOINLINKRESPONSE']._serialized_end=1454
+  _globals['_SENDBLOCKSREQUEST']._serialized_start=1456
+  _globals['_SENDBLOCKSREQUEST']._serialized_end=1573
+  _globals['_SENDBLOCKSRESPONSE']._serialized_start=1575
+  _globals['_SENDBLOCKSRESPONSE']._serialized_end=1595
+  _globals['_PULLREQUEST']._serialized_start=1597
+  _globals['_PULLREQUEST']._serialized_end=1671
+  _globals['_PULLRESPONSE']._serialized_start=1673
+  _globals['_PULLRESPONSE']._serialized_end=1787
+  _globals['_BLOCKSREADY']._serialized_start=1789
+  _globals['_BLOCKSREADY']._serialized_end=1903
+  _globals['_PULLEND']._serialized_start=1905
+  _globals['_PULLEND']._serialized_end=1990
+  _globals['_RELEASEREQUEST']._serialized_start=1992
+  _globals['_RELEASEREQUEST']._serialized_end=2042
+  _globals['_RELEASERESPONSE']._serialized_start=2044
+  _globals['_RELEASERESPONSE']._serialized_end=2061
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2257
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2605
 # @@protoc_insertion_point(module_scope)

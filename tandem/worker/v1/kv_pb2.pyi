@@ -100,14 +100,16 @@ class KvLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[_Union[KvDtype, str]] = ..., tensor_parallel_size: _Optional[int] = ..., tensor_parallel_rank: _Optional[int] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
-    __slots__ = ("shm", "tcp", "cuda_ipc")
+    __slots__ = ("shm", "tcp", "cuda_ipc", "nccl")
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
     CUDA_IPC_FIELD_NUMBER: _ClassVar[int]
+    NCCL_FIELD_NUMBER: _ClassVar[int]
     shm: ShmOffer
     tcp: TcpOffer
     cuda_ipc: CudaIpcOffer
-    def __init__(self, shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ..., cuda_ipc: _Optional[_Union[CudaIpcOffer, _Mapping]] = ...) -> None: ...
+    nccl: NcclOffer
+    def __init__(self, shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ..., cuda_ipc: _Optional[_Union[CudaIpcOffer, _Mapping]] = ..., nccl: _Optional[_Union[NcclOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("pid", "fd", "inode", "boot_id", "pool_bytes")
@@ -146,6 +148,44 @@ class CudaIpcOffer(_message.Message):
     process_start_ticks: int
     boot_id: str
     def __init__(self, handle: _Optional[bytes] = ..., device_uuid: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., process_start_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ...) -> None: ...
+
+class NcclOffer(_message.Message):
+    __slots__ = ("device_uuid", "nccl_version")
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    NCCL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    device_uuid: str
+    nccl_version: int
+    def __init__(self, device_uuid: _Optional[str] = ..., nccl_version: _Optional[int] = ...) -> None: ...
+
+class JoinLinkRequest(_message.Message):
+    __slots__ = ("link_id", "unique_id")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIQUE_ID_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    unique_id: bytes
+    def __init__(self, link_id: _Optional[str] = ..., unique_id: _Optional[bytes] = ...) -> None: ...
+
+class JoinLinkResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SendBlocksRequest(_message.Message):
+    __slots__ = ("link_id", "ticket_id", "epoch", "first_block_index", "num_blocks")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    ticket_id: str
+    epoch: int
+    first_block_index: int
+    num_blocks: int
+    def __init__(self, link_id: _Optional[str] = ..., ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_block_index: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class SendBlocksResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("ticket_id", "epoch", "first_block_index")

@@ -45,6 +45,16 @@ class KvTransferServiceStub:
                 request_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.JoinLink = channel.unary_stream(
+                '/tandem.worker.v1.KvTransferService/JoinLink',
+                request_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkRequest.SerializeToString,
+                response_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkResponse.FromString,
+                _registered_method=True)
+        self.SendBlocks = channel.unary_stream(
+                '/tandem.worker.v1.KvTransferService/SendBlocks',
+                request_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksRequest.SerializeToString,
+                response_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class KvTransferServiceServicer:
@@ -72,6 +82,27 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinLink(self, request, context):
+        """JoinLink makes an NCCL communicator of the two processes, which lives as long as this call.
+
+        The first response comes when the producer, which is rank 0, begins to join; the caller then joins as rank 1 and receives one
+        block of no meaning. The second comes when the link may be used. RESOURCE_EXHAUSTED: the producer has as many links as it may
+        have; FAILED_PRECONDITION: its KV is not in GPU memory. Either way take another transport.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendBlocks(self, request, context):
+        """SendBlocks sends a run of a ticket's blocks over a link, in order, as one message. The caller asks for one run at a time.
+
+        The one response comes when the run is about to be sent: only then may the caller receive. Errors before it are those of Pull, or
+        INVALID_ARGUMENT for blocks that were not told yet, and leave the link as it was; an error after it means that the link is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +115,16 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseRequest.FromString,
                     response_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'JoinLink': grpc.unary_stream_rpc_method_handler(
+                    servicer.JoinLink,
+                    request_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkRequest.FromString,
+                    response_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkResponse.SerializeToString,
+            ),
+            'SendBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.SendBlocks,
+                    request_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksRequest.FromString,
+                    response_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,6 +182,60 @@ class KvTransferService:
             '/tandem.worker.v1.KvTransferService/Release',
             tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
             tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.worker.v1.KvTransferService/JoinLink',
+            tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkRequest.SerializeToString,
+            tandem_dot_worker_dot_v1_dot_kv__pb2.JoinLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.worker.v1.KvTransferService/SendBlocks',
+            tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksRequest.SerializeToString,
+            tandem_dot_worker_dot_v1_dot_kv__pb2.SendBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

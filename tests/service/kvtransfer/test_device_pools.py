@@ -9,50 +9,29 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-import torch
 
-from kvtransfer.checksum import block_checksum
 from kvtransfer.ticket import CudaIpcOffer, KvTicket
-from llm.kv.device_memory import DeviceMemory, DeviceMemoryError
+from llm.kv.device_memory import DeviceMemoryError
 from llm.kv.host_identity import process_start_ticks
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
-from tests.fakes.cuda_calls import FakeCuda, as_of_another_process, install
-from tests.fakes.interpreter import interpret_without_gpu
+from tests.fakes.cuda_calls import FakeCuda
+from tests.service.kvtransfer.gpu_harness import device_lane, fake_gpus, gpu_pool
 from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, Transfer, transfer
-
-interpret_without_gpu()
-device_lane = pytest.importorskip("llm.kv.device_lane")
-copy_blocks_reference = pytest.importorskip("llm.ops.gpu.block_copy").copy_blocks_reference
 
 MINE = [7, 3, 30, 11, 0, 22, 5, 38]
 both_transports = pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
-DEVICE = torch.device("cpu", 0)
-
-
-def checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    sums = [block_checksum(pool[block].view(torch.uint8).numpy().tobytes()) for block in block_ids.tolist()]
-    return torch.tensor([value - (1 << 64) if value >> 63 else value for value in sums])
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """The interpreter takes one thread at a time, so references stand in for the kernels."""
-    monkeypatch.setattr(device_lane, "copy_blocks", copy_blocks_reference)
-    monkeypatch.setattr(device_lane, "block_checksums", checksums)
-    return install(monkeypatch)
-
-
-def device_pool(layout: KvLayout, num_blocks: int) -> KvPool:
-    memory = DeviceMemory(num_blocks * layout.block_bytes, DEVICE)
-    memory.exported = as_of_another_process(memory.exported)
-    return KvPool.over(layout, memory)
+    return fake_gpus(monkeypatch)
 
 
 @asynccontextmanager
 async def on_gpus(*transports: str) -> AsyncIterator[Transfer]:
-    async with transfer(*transports, make_pool=device_pool) as at:
+    async with transfer(*(transports or ("cuda_ipc", "tcp")), make_pool=gpu_pool) as at:
         yield at
 
 
@@ -161,7 +140,7 @@ async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transpor
         assert at.arrived(ticket, MINE)
 
 
-@pytest.mark.parametrize("kinds", [(device_pool, KvPool.create), (KvPool.create, device_pool)])
+@pytest.mark.parametrize("kinds", [(gpu_pool, KvPool.create), (KvPool.create, gpu_pool)])
 async def test_between_a_gpu_and_a_host_blocks_go_by_tcp(cuda: FakeCuda, kinds: tuple[Callable[..., KvPool], ...]) -> None:
     waiting = list(kinds)
 

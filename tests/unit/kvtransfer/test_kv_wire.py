@@ -97,7 +97,7 @@ def test_an_unknown_element_type_or_checksum_is_a_mismatch() -> None:
 def test_transport_names_are_checked() -> None:
     assert check_names(["tcp", "shm"]) == ("tcp", "shm")
     for names in ([], ["shm", "pigeon"]):
-        with pytest.raises(ValueError, match="shm, tcp"):
+        with pytest.raises(ValueError, match="cuda_ipc, shm, nccl, tcp"):
             check_names(names)
 
 

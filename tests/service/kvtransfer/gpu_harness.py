@@ -1,0 +1,34 @@
+"""Pools in GPU memory for machines without a GPU."""
+
+import pytest
+import torch
+
+from kvtransfer.checksum import block_checksum
+from llm.kv.device_memory import DeviceMemory
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from tests.fakes.cuda_calls import FakeCuda, as_of_another_process, install
+from tests.fakes.interpreter import interpret_without_gpu
+
+interpret_without_gpu()
+device_lane = pytest.importorskip("llm.kv.device_lane")
+block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """References stand in for the kernels, since the interpreter takes one thread at a time."""
+    monkeypatch.setattr(device_lane, "copy_blocks", block_copy.copy_blocks_reference)
+    monkeypatch.setattr(device_lane, "block_checksums", _checksums)
+    return install(monkeypatch)
+
+
+def gpu_pool(layout: KvLayout, num_blocks: int, number: int = 0) -> KvPool:
+    """A pool on that GPU, as if it were another process's."""
+    memory = DeviceMemory(num_blocks * layout.block_bytes, torch.device("cpu", number))
+    memory.exported = as_of_another_process(memory.exported)
+    return KvPool.over(layout, memory)
+
+
+def _checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    sums = [block_checksum(pool[block].view(torch.uint8).numpy().tobytes()) for block in block_ids.tolist()]
+    return torch.tensor([value - (1 << 64) if value >> 63 else value for value in sums])
