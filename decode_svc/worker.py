@@ -22,6 +22,7 @@ from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
@@ -35,6 +36,7 @@ async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files, loaded = await run_and_end_thread(lambda: load(settings))
     worker = DecodeWorker(settings, files, loaded)
+    avoid_pauses()
     await worker.start()
     await worker.run_until_stopped()
 

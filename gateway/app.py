@@ -25,6 +25,7 @@ from tandem.api.v1 import (
     tokenizer_pb2_grpc,
 )
 from tandem.models import ModelError, cache_directory, resolve_model
+from tandem.pauses import avoid_pauses
 from tandem.server import Server, StartError
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ async def serve(settings: GatewaySettings) -> None:
     except ModelError as error:
         raise StartError(str(error)) from error
     gateway = Gateway(model, settings)
+    avoid_pauses()
     port = await gateway.start()
     logger.info("gateway for %s listens on %s:%d", model.name, settings.server.host, port)
     await gateway.run_until_stopped()

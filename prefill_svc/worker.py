@@ -23,6 +23,7 @@ from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
@@ -37,6 +38,7 @@ async def serve(settings: PrefillSettings) -> None:
     files, loaded = await run_and_end_thread(lambda: load(settings))
     port = settings.server.port or free_port(settings.server.host)
     worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
+    avoid_pauses()
     await worker.start()
     await worker.run_until_stopped()
 

@@ -118,8 +118,10 @@ class GpuModelRunner(ModelRunner):
         report(0.0, "compiling kernels")
         for slices in _warm_up_batches(self.config, self._pool_tensor(), self._gpu.max_batch > 0):
             self.forward(slices)
-        if self.device.type == "cuda" and self._gpu.max_batch:
-            self._capture(report)
+        if self.device.type == "cuda":
+            _lock_pages()
+            if self._gpu.max_batch:
+                self._capture(report)
         report(1.0, "ready")
 
     def _pool_tensor(self) -> torch.Tensor:
@@ -179,9 +181,20 @@ def _count(done: list[int], size: int, total: int, report: Progress) -> None:
     report(len(done) / total, f"capturing decode graphs: {size} sequences")
 
 
+def _lock_pages() -> None:
+    """Has torch keep page-locked memory of every size that steps use: to get more, the driver stops the device for a while."""
+    sizes = [1 << power for power in range(9, 23)]
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(4)]
+    del held
+
+
 def _warm_up_batches(config: ModelConfig, pool: torch.Tensor, decodes: bool) -> list[list[SequenceSlice]]:
-    """A decode step and a chunk or two, so that no request waits for a compiler."""
+    """Steps of many sizes, so that no request waits for a compiler, or for the driver to load one of the library's kernels."""
     capacity = min(config.context_tokens, pool.shape[0] * pool.shape[4])
     blocks = range(pool.shape[0])
-    sizes = (1, 2, 32) if decodes else (1, 8, 128, 2048)
-    return [[SequenceSlice([0] * tokens, 0, blocks)] for tokens in sizes if tokens <= capacity]
+    sizes: tuple[int, ...] = (1, 2, 32) if decodes else (1, 8, 128, 2048)
+    counts: tuple[int, ...] = ()
+    if pool.is_cuda and not decodes:
+        sizes, counts = (1, 8, 32, 64, *range(128, 2049, 128)), (2, 20)
+    single = [[SequenceSlice([0] * tokens, 0, blocks)] for tokens in sizes if tokens <= capacity]
+    return single + [[SequenceSlice([0] * min(100, capacity), 0, blocks)] * count for count in counts]
