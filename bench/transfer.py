@@ -112,7 +112,7 @@ def measure_gpu_parts(pair: Pair) -> dict[str, dict[str, float]]:
     with producer_process(pair) as pipe:
         exported = asyncio.run(ask(pipe, Export()))
         pool = KvPool.create(pair.layout, pair.num_blocks, pair.consumer_device)
-        rows = measure_parts(exported, pool, (1, 16, 32, 64, 256))
+        rows = measure_parts(exported, pool, (1, 16, 32, 64, 128))
         pool.close()
     return {name: asdict(row) for name, row in rows.items()}
 

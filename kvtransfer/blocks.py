@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
 from kvtransfer.host_blocks import HostBlocks
@@ -23,8 +24,8 @@ class Blocks(Protocol):
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]: ...
 
-    def warm_up(self) -> None:
-        """Called once, before the others, on some thread."""
+    def warm_up(self, threads: Executor, num_threads: int) -> None:
+        """Has the threads that will use the blocks make ready; returns at once."""
 
 
 def blocks_of(pool: KvPool) -> HostBlocks | DeviceBlocks:

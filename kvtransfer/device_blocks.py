@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 
 from llm.kv.device_lane import MAX_BLOCKS, Lane
 from llm.kv.pool import KvPool, blocks_in
+
+WARM_UP_S = 60.0
 
 
 class DeviceBlocks:
@@ -21,9 +24,17 @@ class DeviceBlocks:
         self._pool = pool
         self._thread = threading.local()
 
-    def warm_up(self) -> None:
-        """Compiles the kernels; takes a second."""
-        self._lane.warm_up()
+    def warm_up(self, threads: Executor, num_threads: int) -> None:
+        """Compiles the kernels and makes each thread's stream, which takes a second; nothing of that is left for a busy moment."""
+        together, one_at_a_time = threading.Barrier(num_threads), threading.Lock()
+
+        def warm_up() -> None:
+            together.wait(WARM_UP_S)
+            with one_at_a_time:
+                self._lane.warm_up()
+
+        for _ in range(num_threads):
+            threads.submit(warm_up)
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]:
         return self._lane.checksums(block_ids)

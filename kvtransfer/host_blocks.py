@@ -1,6 +1,7 @@
 """A pool's blocks in host memory, as transfers see them."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class HostBlocks:
         self._pool = pool
         self.num_per_job = max(1, JOB_BYTES // pool.layout.block_bytes)
 
-    def warm_up(self) -> None:
+    def warm_up(self, threads: Executor, num_threads: int) -> None:
         pass
 
     def view(self, block_id: int) -> memoryview:

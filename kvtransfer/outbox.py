@@ -89,7 +89,7 @@ class Checksummer:
         self._blocks = blocks
         self._failed = failed
         self._threads = WatchedThreads(CHECKSUM_THREADS, "kv-checksum")
-        self._threads.submit(blocks.warm_up)
+        blocks.warm_up(self._threads, CHECKSUM_THREADS)
 
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""

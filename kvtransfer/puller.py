@@ -70,7 +70,7 @@ class KvPuller:
         self._pulled = PulledTickets(clock)
         self._chooser = Chooser(check_names(transports), pool, self._blocks, self._peers)
         self._threads = WatchedThreads(THREADS, "kv-pull")
-        self._threads.submit(self._blocks.warm_up)
+        self._blocks.warm_up(self._threads, THREADS)
 
     def check(self, ticket: KvTicket) -> None:
         """Raises MODEL_MISMATCH or KV_LAYOUT_MISMATCH for a ticket whose blocks would mean something else here."""

@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from llm.ops.gpu.block_copy import copy_blocks
-from llm.ops.gpu.checksum import block_checksums
+from llm.ops.gpu.checksum import block_checksums, checksum_room
 
-MAX_BLOCKS = 256
-"""Blocks of one call."""
+MAX_BLOCKS = 128
+"""Blocks of one call; a lane has a sixteenth of a block of GPU memory for each."""
 
 _HIGH_PRIORITY = -1
 """Transfers are short and somebody waits for them; a step's kernels fill the GPU for milliseconds."""
@@ -30,6 +30,8 @@ class Lane:
         self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
         self._device_ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, device=pool.device)
+        # Taken once: in a GPU whose memory is given out, a new allocation in the middle of the work can hold all of it up.
+        self._room = checksum_room(pool, MAX_BLOCKS)
         self._sums = torch.empty(MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
 
     def warm_up(self) -> None:
@@ -99,7 +101,7 @@ class Lane:
         return self._device_ids[:, :count]
 
     def _start_checksums(self, ids: torch.Tensor) -> None:
-        self._sums[: ids.shape[0]].copy_(block_checksums(self._pool, ids), non_blocking=True)
+        self._sums[: ids.shape[0]].copy_(block_checksums(self._pool, ids, self._room), non_blocking=True)
 
     def _checksums(self, count: int) -> list[int]:
         return [value % (1 << 64) for value in self._sums[:count].tolist()]

@@ -104,7 +104,12 @@ def _finish_kernel(
     tl.store(out_ptr + index, (total ^ (total >> 32)).to(tl.int64, bitcast=True))
 
 
-def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+def checksum_room(pool: torch.Tensor, count: int) -> torch.Tensor:
+    """What `block_checksums` needs beside for up to `count` blocks: a sixteenth of their size."""
+    return torch.empty(count, pool[0].numel() * pool.element_size() // _STRETCH_BYTES, 8, dtype=torch.int64, device=pool.device)
+
+
+def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
     """pool [num_blocks, ...] contiguous, block_ids [n] int32 -> [n] int64, the bits of XXH3 over each block's bytes.
 
     A block is a whole number of 1,024 bytes, which every layout of at least 16 tokens and 64 bytes a head's row is.
@@ -112,7 +117,7 @@ def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor
     num_bytes = pool[0].numel() * pool.element_size()
     assert num_bytes % _STRETCH_BYTES == 0, "blocks are whole stretches of 1,024 bytes"
     count, num_stretches = block_ids.shape[0], num_bytes // _STRETCH_BYTES
-    sums = torch.empty(count, num_stretches, 8, dtype=torch.int64, device=pool.device)
+    sums = checksum_room(pool, count) if room is None else room
     out = torch.empty(count, dtype=torch.int64, device=pool.device)
     if count:
         table = _constants(pool.device)

@@ -29,6 +29,6 @@ def gpu_pool(layout: KvLayout, num_blocks: int, number: int = 0) -> KvPool:
     return KvPool.over(layout, memory)
 
 
-def _checksums(pool: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+def _checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
     sums = [block_checksum(pool[block].view(torch.uint8).numpy().tobytes()) for block in block_ids.tolist()]
     return torch.tensor([value - (1 << 64) if value >> 63 else value for value in sums])

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
@@ -24,7 +24,7 @@ class Blocks:
     def __init__(self) -> None:
         self.content = [bytearray(64) for _ in SOURCES]
 
-    def warm_up(self) -> None:
+    def warm_up(self, threads: Executor, num_threads: int) -> None:
         pass
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]:
