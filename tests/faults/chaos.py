@@ -54,6 +54,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pace", type=float, help="how much faster than the trace; by default 3 for the fake model and a quarter for a real one"
     )
+    parser.add_argument(
+        "--asks", default="", help="one kind of request only: plain, sampled, stop, logprobs, cancel, deadline or bad"
+    )
     parser.add_argument("--transports", default="tcp", help="of the KV blocks")
     parser.add_argument(
         "--no-namespaces", dest="namespaces", action="store_false", help="no network namespaces; links go through proxies"
@@ -72,7 +75,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     if arguments.pace is not None:
         scale = replace(scale, pace=arguments.pace)
     plan = plan_of(arguments.faults, arguments.most_faults) if arguments.faults != ["none"] else None
-    return Settings(arguments.seconds, arguments.seed, shape, scale, plan)
+    return Settings(arguments.seconds, arguments.seed, shape, scale, plan, arguments.asks)
 
 
 @contextlib.contextmanager

@@ -115,11 +115,11 @@ class RealQuestions:
                 expected = Expected(tuple(record.tokens), record.text, record.finish)
                 self._known.append(Asked(asked.number, "plain", asked.request, expected))
 
-    def question(self, number: int, seed: int) -> Asked:
+    def question(self, number: int, seed: int, kind: str | None = None) -> Asked:
         """One of the known questions, asked in one of the ways whose answer does not depend on it."""
         chance = random.Random(f"{seed}:{number}")
         known = chance.choice(self._known)
-        kind = choose_kind(chance)
+        kind = kind or choose_kind(chance)
         request = generation_pb2.GenerateRequest()
         request.CopyFrom(known.request)
         assert known.expected is not None

@@ -31,13 +31,14 @@ BAD_MARKS = ("Traceback", " ERROR ", " CRITICAL ", "StampError", "never retrieve
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. `plan` None: nothing is harmed."""
+    """What to run. `plan` None: nothing is harmed. `kind`: of all requests, empty for the usual mix."""
 
     seconds: float
     seed: int = 0
     shape: Shape = field(default_factory=Shape)
     scale: Scale = field(default_factory=Scale)
     plan: Plan | None = None
+    kind: str = ""
 
 
 @dataclass
@@ -80,12 +81,12 @@ class Runner:
         settings = self.settings
         found = arrivals(max(settings.seconds, 60.0), settings.scale)
         if settings.shape.model == FAKE_MODEL:
-            return lambda number: fake_question(number, found[number % len(found)], settings.seed)
+            return lambda number: fake_question(number, found[number % len(found)], settings.seed, settings.kind or None)
         self.progress.phase = "learning the undisturbed answers"
         real = RealQuestions()
         assert self.suite.channel is not None
         await real.learn(self.suite.channel, found, NUM_REAL_QUESTIONS, settings.seed)
-        return lambda number: real.question(number, settings.seed)
+        return lambda number: real.question(number, settings.seed, settings.kind or None)
 
     async def _warm_up(self, make: Callable[[int], Asked]) -> None:
         """Connections between all workers exist afterwards, and what is allocated once is."""
