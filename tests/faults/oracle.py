@@ -26,7 +26,8 @@ GRACE_S = 1.0
 # Idle connections between workers come and go, one for each pull that ran at once; and the census itself opens a few.
 SPARE_DESCRIPTORS, SPARE_TASKS = 10, 6
 MAX_GROWTH_MIB = 1.0
-WARM_UP_REQUESTS = 300
+WARM_UP_REQUESTS = 500
+MEASURED_REQUESTS = 1000
 
 
 @dataclass(frozen=True)
@@ -247,14 +248,14 @@ def _memory(run: Run) -> Verdict:
 
 
 def growth_by_process(samples: Sequence[Sample]) -> dict[str, float]:
-    """MiB per 1,000 requests, by least squares over each process's life after its warm-up."""
+    """MiB per 1,000 requests, by least squares over each process's life after its warm-up, if that was long enough to tell."""
     lives: dict[tuple[str, int], list[Sample]] = {}
     for sample in samples:
         lives.setdefault((sample.name, sample.pid), []).append(sample)
     found = {}
     for (name, pid), life in lives.items():
         warm = [sample for sample in life if sample.requests >= life[0].requests + WARM_UP_REQUESTS]
-        if len(warm) > 10 and warm[-1].requests - warm[0].requests >= WARM_UP_REQUESTS:
+        if len(warm) > 10 and warm[-1].requests - warm[0].requests >= MEASURED_REQUESTS:
             found[f"{name} ({pid})"] = _slope([(each.requests / 1000, each.rss_bytes / 2**20) for each in warm])
     return found
 

@@ -134,8 +134,8 @@ def test_each_breach_of_the_suite_is_seen(harm: Callable[[Run], None], invariant
 
 
 def test_memory_growth_is_measured_per_process_after_its_warm_up() -> None:
-    warming = [Sample("a", 1, requests, requests << 20) for requests in range(0, 300, 10)]
-    flat = [Sample("a", 1, requests, 300 << 20) for requests in range(300, 1000, 10)]
+    warming = [Sample("a", 1, requests, requests << 20) for requests in range(0, 500, 10)]
+    flat = [Sample("a", 1, requests, 500 << 20) for requests in range(500, 1600, 10)]
     growing = [Sample("b", 2, requests, (100 << 20) + requests * 2 * 1024) for requests in range(0, 2000, 10)]
     assert growth_by_process([*warming, *flat, *growing]) == {
         "a (1)": pytest.approx(0.0, abs=1e-6),
