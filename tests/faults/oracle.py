@@ -120,6 +120,8 @@ class Run:
     stamp_errors: int = 0
     counters: dict[str, Mapping[str, int]] = field(default_factory=dict)
     """By process that lived through the run: received, ok, cancelled, rejected, failed."""
+    failover: Mapping[str, int] = field(default_factory=dict)
+    """Retries, migrations and so on, as the gateway counts them."""
     samples: list[Sample] = field(default_factory=list)
     flips_sent: int = 0
     flips_caught: int = 0

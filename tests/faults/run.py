@@ -72,7 +72,7 @@ class Runner:
         run.records = client.records
         run.idle_after_s = await self._idle()
         run.after = await self._holdings()
-        run.counters = await self._counters()
+        run.counters = await self._counters(run)
         run.flips_caught = sum(self._checksum_failures.values())
         self._read_logs(run)
         return run
@@ -162,10 +162,11 @@ class Runner:
                 self._checksum_failures[census["pid"]] = census["checksum_failures"]
         return found
 
-    async def _counters(self) -> dict[str, Mapping[str, int]]:
+    async def _counters(self, run: Run) -> dict[str, Mapping[str, int]]:
         """How requests ended, as each process that lives counts them since its start; all is idle, so none still runs."""
         view = await self.suite.view()
-        counted = {worker.address: worker.requests for worker in view.workers}
+        counted = {"gateway": view.requests} | {worker.address: worker.requests for worker in view.workers}
+        run.failover = {each.name: getattr(view.failover, each.name) for each in view.failover.DESCRIPTOR.fields}
         return {name: {how: getattr(counts, how) for how in COUNTED} for name, counts in counted.items()}
 
     def _read_logs(self, run: Run) -> None:

@@ -60,6 +60,8 @@ class Suite:
 
     async def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        for path in [*self.directory.glob("*.log"), *self.directory.glob("*.census")]:
+            path.unlink()  # an earlier run's, whose lines would be taken for this one's
         preload = ["--preload"] if self.shape.model == FAKE_MODEL else []
         pipe = asyncio.subprocess.PIPE
         command = [sys.executable, "-m", "tests.faults.nursery", *preload]

@@ -32,6 +32,7 @@ def print_verdict(run: Run, title: str, replay: str, console: Console | None = N
     console.print(f"errors       {len(client_errors(run))} seen by clients; {wrong_tokens(run)} streams with wrong tokens")
     for line in client_errors(run)[:5]:
         console.print(f"             {line}", markup=False)
+    console.print(f"the gateway  {_counts(dict(run.failover))}")
     console.print(_faults(run.faults))
     console.print(f"idle again   {'never' if run.idle_after_s is None else f'{run.idle_after_s:.1f} s after the last request'}")
     slopes = growth_by_process(run.samples)
