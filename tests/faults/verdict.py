@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tests.faults.oracle import Fault, Run, Verdict, growth_by_process, judge, stream_problem, tally
@@ -43,7 +44,7 @@ def print_verdict(run: Run, title: str, replay: str, console: Console | None = N
     if passed(run):
         console.print("[bold green]PASSED[/]")
     else:
-        console.print(f"[bold red]FAILED[/]  replay: {replay}")
+        console.print(f"[bold red]FAILED[/]  replay: {escape(replay)}")
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -68,5 +69,5 @@ def _invariants(verdicts: Sequence[Verdict]) -> Table:
     table = Table("", "", "invariant", "", box=None, pad_edge=False)
     marks = {True: "[green]held[/]", False: "[red]BROKEN[/]", None: "[dim]not judged[/]"}
     for verdict in verdicts:
-        table.add_row(verdict.name, marks[verdict.held], verdict.about, verdict.detail)
+        table.add_row(verdict.name, marks[verdict.held], verdict.about, escape(verdict.detail))
     return table
