@@ -89,8 +89,9 @@ async def test_c2_a_storm_of_resets_passes(patient: Patient) -> None:
 
 
 async def test_a7_workers_cancel_the_orphans_of_a_killed_gateway(patient: Patient) -> None:
+    """Their completions would take ten seconds more."""
     suite = patient.suite
-    records = patient.send(20, completion_tokens=60)
+    records = patient.send(8, completion_tokens=1200)
     await patient.until_flowing(records)
     births = suite.members["gateway"].births
     suite.kill("gateway")
@@ -98,8 +99,8 @@ async def test_a7_workers_cancel_the_orphans_of_a_killed_gateway(patient: Patien
     await patient.finish(records, 5.0)
     assert {record.code for record in records} == {"UNAVAILABLE"}
     await patient.back("gateway", births)
-    await suite.wait_idle(10.0)
-    assert time.monotonic() - killed < 10.0
+    await suite.wait_idle(5.0)
+    assert time.monotonic() - killed < 5.0 + SLACK_S
     await patient.served(patient.send(4))
 
 
