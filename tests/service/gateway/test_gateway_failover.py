@@ -228,6 +228,41 @@ async def test_a_stalled_worker_without_another_may_still_do_it(suite: Suite) ->
     assert len(suite.decode.requests) == 1
 
 
+@pytest.mark.parametrize("phase", ["reserve", "pull", "run", "token 1", "token 4"])
+async def test_f1_a_leaving_decode_worker_hands_its_stream_over(make_suite: MakeSuite, phase: str) -> None:
+    """It ends with DRAINING what takes longer than it can wait."""
+    suite = await make_suite(1, 2)
+    first, second = first_choice(suite.decodes)
+    first.gates.close(phase)
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 10}))
+    await first.gates.reached(phase)
+    first.gates.faults[phase] = TandemError(Reason.DRAINING, "leaving")
+    first.say(condition=operations_pb2.WORKER_CONDITION_DRAINING)
+    await suite.until(lambda: sum(worker.ready for worker in suite.gateway.directory.workers) == 2)
+    assert not answering.done(), "until then it goes on"
+    first.gates.open(phase)
+    answer = await answering
+    assert (answer.error, answer.token_ids) == (None, expected(10))
+    assert len(second.requests) == 1
+    await suite.all_idle()
+
+
+@pytest.mark.parametrize("phase", PREFILL_PHASES)
+async def test_f1_a_leaving_prefill_worker_hands_its_prompt_over(make_suite: MakeSuite, phase: str) -> None:
+    suite = await make_suite(2, 1)
+    first, second = first_choice(suite.prefills)
+    first.gates.close(phase)
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 10}))
+    await first.gates.reached(phase)
+    first.gates.faults[phase] = TandemError(Reason.DRAINING, "leaving")
+    first.say(condition=operations_pb2.WORKER_CONDITION_DRAINING)
+    first.gates.open(phase)
+    answer = await answering
+    assert (answer.error, answer.token_ids) == (None, expected(10))
+    assert len(second.requests) == 1
+    await suite.all_idle()
+
+
 async def test_a_worker_with_a_new_identity_is_another_worker(make_suite: MakeSuite) -> None:
     suite = await make_suite(1, 2)
     first, second = first_choice(suite.decodes)
