@@ -1,6 +1,7 @@
 """The tcp transport's control frames: what is sent arrives, and nothing else is taken for a frame."""
 
 import contextlib
+import io
 import random
 import tracemalloc
 from typing import Any
@@ -11,6 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.checksum import block_checksum
+from kvtransfer.frames import BlocksFrame
+from kvtransfer.intake import Sequencer
+from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.transports.tcp_frames import (
     MAX_HEADER_BYTES,
     PREFIX,
@@ -65,26 +69,84 @@ def test_no_flipped_bit_goes_unnoticed(message: Message, data: st.DataObject) ->
         read(bytes(frame))
 
 
-def test_of_ten_thousand_flips_in_a_stream_none_is_taken_in() -> None:
-    """Header, payload and end, as they travel one after the other."""
+NUM_CORRUPTIONS = 10_000
+BLOCK_BYTES = 500
+
+
+def stream(rng: random.Random, ticket_id: str, epoch: int) -> list[bytes]:
+    """A pull's answer in parts, as they travel one after the other: for each of three blocks its header and bytes, then the end."""
+    parts = []
+    for index in range(3):
+        block = rng.randbytes(BLOCK_BYTES)
+        parts += [encode(BlocksMessage(ticket_id, epoch, index, BLOCK_BYTES, (block_checksum(block),))), block]
+    return [*parts, encode(EndMessage(ticket_id, epoch, 7))]
+
+
+def admitted(received: bytes, ticket_id: str, epoch: int) -> tuple[list[bytes], int] | None:
+    """What a consumer of that ticket takes in: its blocks and the first token; None if it refuses the stream."""
+    sequencer, blocks = Sequencer(epoch, 0, 3), list[bytes]()
+    reader = io.BytesIO(received)
+    try:
+        while True:
+            start = reader.read(PREFIX.size)
+            if len(start) < PREFIX.size:
+                return None
+            message = decode(start, reader.read(header_bytes(start)))
+            if (message.ticket_id, message.epoch) != (ticket_id, epoch):
+                return None
+            if isinstance(message, EndMessage):
+                sequencer.end(message.epoch)
+                return blocks, message.first_token_id
+            assert isinstance(message, BlocksMessage)
+            num_known = sequencer.accept(BlocksFrame(message.epoch, message.first_block_index, message.checksums))
+            block = reader.read(message.block_bytes)
+            if message.block_bytes != BLOCK_BYTES or block_checksum(block) != message.checksums[0]:
+                return None
+            blocks += [block] * (1 - num_known)
+    except (FrameError, InterruptedPullError):
+        return None
+
+
+def corrupt(rng: random.Random, parts: list[bytes], older: list[bytes], foreign: list[bytes]) -> bytes:
+    """The stream flipped, cut short, spliced with another ticket's or an older attempt's, or with parts of its own out of place."""
+    whole = bytearray(b"".join(parts))
+    at = rng.randrange(len(whole))
+    match rng.choice(["flip", "truncate", "remove", "insert", "splice", "replay", "swap"]):
+        case "flip":
+            whole[at] ^= 1 << rng.randrange(8)
+        case "truncate":
+            del whole[at:]
+        case "remove":
+            del whole[at : at + rng.randrange(1, 600)]
+        case "insert":
+            whole[at:at] = rng.randbytes(rng.randrange(1, 600))
+        case "splice":
+            whole[at:] = b"".join(foreign)[at:]
+        case "replay":
+            place = rng.randrange(len(parts))
+            return b"".join([*parts[:place], *older[place:]]) if rng.random() < 0.5 else b"".join([*older[:place], *parts[place:]])
+        case "swap":
+            first, second = rng.sample(range(len(parts)), 2)
+            parts = list(parts)
+            parts[first], parts[second] = parts[second], parts[first]
+            return b"".join(parts)
+    return bytes(whole)
+
+
+def test_of_ten_thousand_corruptions_none_is_admitted() -> None:
     rng = random.Random(3)
-    block = rng.randbytes(500)
-    blocks, end = encode(BlocksMessage("t" * 32, 1, 0, len(block), (block_checksum(block),))), encode(EndMessage("t" * 32, 1, 7))
-    stream = blocks + block + end
-
-    def accepted(received: bytes) -> bool:
-        header, payload, last = received[: len(blocks)], received[len(blocks) : -len(end)], received[-len(end) :]
-        try:
-            message = read(header)
-            return isinstance(message, BlocksMessage) and block_checksum(payload) == message.checksums[0] and bool(read(last))
-        except FrameError:
-            return False
-
-    assert accepted(stream)
-    for _ in range(10_000):
-        changed = bytearray(stream)
-        changed[rng.randrange(len(stream))] ^= 1 << rng.randrange(8)
-        assert not accepted(bytes(changed))
+    parts, older, foreign = (stream(rng, *name) for name in (("t" * 32, 2), ("t" * 32, 1), ("u" * 32, 2)))
+    right = ([parts[1], parts[3], parts[5]], 7)
+    assert admitted(b"".join(parts), "t" * 32, 2) == right
+    num_refused = 0
+    for _ in range(NUM_CORRUPTIONS):
+        received = corrupt(rng, parts, older, foreign)
+        if received == b"".join(parts):
+            continue
+        taken_in = admitted(received, "t" * 32, 2)
+        assert taken_in in (None, right), "a wrong byte was taken in"
+        num_refused += taken_in is None
+    assert num_refused > 0.98 * NUM_CORRUPTIONS
 
 
 @given(st.binary(max_size=200))
