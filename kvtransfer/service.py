@@ -9,7 +9,10 @@ from kvtransfer.links import Links
 from kvtransfer.producer import KvProducer
 from kvtransfer.wire import frame_to_proto
 from tandem.errors import Reason, TandemError
+from tandem.server import Server
 from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
+
+SERVICE = "tandem.worker.v1.KvTransferService"
 
 
 class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
@@ -52,3 +55,8 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
     async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseResponse:
         self._producer.release(request.ticket_id, request.epoch)
         return kv_pb2.ReleaseResponse()
+
+
+def add_transfer_service(server: Server, producer: KvProducer) -> None:
+    """Before the server starts."""
+    server.add(kv_pb2_grpc.add_KvTransferServiceServicer_to_server, KvTransferServicer(producer), SERVICE)

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import replace
 
 from kvtransfer.producer import KvProducer, ProducerIdentity
-from kvtransfer.service import KvTransferServicer
+from kvtransfer.service import add_transfer_service
 from kvtransfer.wire import layout_to_proto, tickets_to_proto
 from llm.device import choose_device
 from llm.errors import DeviceError, UnsupportedModelError, WeightsError
@@ -27,7 +27,7 @@ from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
-from tandem.worker.v1 import kv_pb2_grpc, prefill_pb2_grpc, status_pb2_grpc
+from tandem.worker.v1 import prefill_pb2_grpc, status_pb2_grpc
 from tandem.worker_requests import ModelLimits
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ class PrefillWorker:
     def _add_services(self) -> None:
         server = self._server
         server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, self._prefill, "tandem.worker.v1.PrefillService")
-        transfer = KvTransferServicer(self._producer)
-        server.add(kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer, "tandem.worker.v1.KvTransferService")
+        add_transfer_service(server, self._producer)
         server.add(status_pb2_grpc.add_WorkerStatusServiceServicer_to_server, self._status, "tandem.worker.v1.WorkerStatusService")
 
     def _identity(self, files: ModelFiles) -> WorkerIdentity:

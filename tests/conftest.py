@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# On a busy machine a single example may take any time; each test has a limit of its own.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 def _forget_own_settings() -> None:

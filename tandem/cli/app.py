@@ -147,13 +147,19 @@ def pull(model: Annotated[str, typer.Argument(help="A known name or a hub name."
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Option("--model", "-m", help="The model to look for.")] = DEFAULT_MODEL,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model to look for.", show_default=DEFAULT_MODEL)] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to look at.")] = 50051,
+    verify_handoff: Annotated[
+        bool,
+        typer.Option(
+            "--verify-handoff", help="Also compute with and without a hand-off, and compare logits. Default model: random:tiny."
+        ),
+    ] = False,
 ) -> None:
     """Say what this machine can do, and what is missing for the rest."""
     from tandem.cli.doctor import run_doctor
 
-    run_doctor(model, port)
+    run_doctor(model or DEFAULT_MODEL, port, verify=(model or "random:tiny") if verify_handoff else None)
 
 
 @app.command()

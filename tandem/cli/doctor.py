@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.cli.devices import TorchReport, cpu_features, torch_report
+from tandem.cli.handoff_check import handoff_reports
 from tandem.cli.terminal import output
 from tandem.cli.versions import DISTRIBUTION, installed
 from tandem.models import ModelError, cache_directory, resolve_model
@@ -45,8 +46,8 @@ class Finding:
 Section = tuple[str, Callable[[], Iterator[Finding]]]
 
 
-def run_doctor(model: str, port: int) -> None:
-    """Print all findings; exit status 1 if something needed is missing."""
+def run_doctor(model: str, port: int, verify: str | None = None) -> None:
+    """Print all findings; exit status 1 if something needed is missing. `verify`: the model to try a hand-off with."""
     console, torch = output(), torch_report()
     sections: Sequence[Section] = (
         ("Devices", lambda: _devices(torch)),
@@ -54,6 +55,7 @@ def run_doctor(model: str, port: int) -> None:
         ("Packages", _packages),
         ("Files", lambda: _files(model)),
         ("Network", lambda: _network(port)),
+        *([] if verify is None else [(f"Hand-off of {verify}", lambda: _handoff(verify))]),
     )
     findings = [finding for title, look in sections for finding in _print_section(console, title, list(look()))]
     broken = [finding.subject for finding in findings if finding.mark == "missing" and finding.needed]
@@ -156,6 +158,13 @@ def _network(port: int) -> Iterator[Finding]:
         yield _taken(port, error)
     else:
         yield Finding("ok", f"port {port}", "free")
+
+
+def _handoff(model: str) -> Iterator[Finding]:
+    for report in handoff_reports(model):
+        found = f"{report.num_positions} positions, logits deviate by {report.max_deviation:.1e} of the largest"
+        detail = report.error or (found if report.passed else f"{found}: what arrived is not what was computed")
+        yield Finding("ok" if report.passed else "missing", report.transport, detail, needed=True)
 
 
 def _taken(port: int, error: OSError) -> Finding:

@@ -3,7 +3,7 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tandem.cli.app import app
 from tandem.cli.devices import TorchReport, torch_report
+from tandem.cli.handoff_check import HandoffReport, handoff_reports
 from tandem.downloads import pinned_path
 from tandem.models import PINNED_MODELS, cache_directory
 
@@ -141,3 +142,28 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "Commands" in done.stdout and done.stderr.split() == []
+
+
+def reported(*reports: HandoffReport) -> Callable[[str], Iterator[HandoffReport]]:
+    return lambda model: iter(reports)
+
+
+def test_doctor_tries_a_hand_off_only_when_asked(doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.cli.doctor.handoff_reports", reported(HandoffReport("shm", 32, 0.0, passed=True)))
+    assert "Hand-off" not in doctor().stdout
+    result = doctor("--verify-handoff")
+    assert result.exit_code == 0 and "Hand-off of random:tiny" in result.stdout and "✓" in line_of(result, "shm  32 positions")
+
+
+def test_doctor_fails_with_a_hand_off_that_changes_logits(doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = HandoffReport("nccl2", 32, 0.25, passed=False)
+    monkeypatch.setattr("tandem.cli.doctor.handoff_reports", reported(HandoffReport("shm", 32, 0.0, passed=True), bad))
+    result = doctor("--verify-handoff", "--model", "random:tiny")
+    assert result.exit_code == 1 and "2.5e-01" in line_of(result, "nccl2") and "Not ready: nccl2" in result.stdout
+
+
+def test_a_hand_off_that_cannot_be_tried_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends without a line for any transport must not pass for one that found nothing wrong."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (report,) = handoff_reports("random:tiny")
+    assert not report.passed and report.error
