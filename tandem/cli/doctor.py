@@ -104,11 +104,11 @@ def _memory() -> Finding:
 def _transports(torch: TorchReport) -> Iterator[Finding]:
     yield _shm()
     yield Finding("ok", "tcp", "works between any two hosts")
-    for name, parts in (("cuda_ipc", ("triton", "cupy-cuda13x")), ("nccl", ("cupy-cuda13x",))):
+    uses = {"cuda_ipc": "the fastest way between workers of one host's GPUs", "nccl": "between two GPUs of hosts without cuda_ipc"}
+    for name, use in uses.items():
         missing = [] if torch.gpus else ["a CUDA GPU"]
-        missing += [part for part in parts if installed(part) is None]
-        needs = f"needs {', '.join(missing)}; " if missing else ""
-        yield Finding("warn", name, f"{needs}not in this version, which computes on CPUs")
+        missing += [part for part in _FOR_GPUS if installed(part) is None]
+        yield Finding("warn", name, f"needs {', '.join(missing)}") if missing else Finding("ok", name, use)
 
 
 def _shm() -> Finding:
