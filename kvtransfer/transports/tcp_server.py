@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 STALL_S = 2.0
 HEARTBEAT_S = 0.5
 FIRST_REQUEST_S = 5.0
-IDLE_S = 60.0
+# An idle connection whose peer vanished behind a dead link is closed after this; a living consumer opens another when it needs one.
+IDLE_S = 8.0
 MAX_CONNECTIONS = 1024
 ACCEPT_PAUSE_S = 0.1
 

@@ -133,7 +133,11 @@ class Runner:
         await injector.run(stopped)
 
     def _note_fault(self, fault: Fault) -> None:
+        """Into a file, too, by the clock of the logs, for whoever looks into a failure."""
         self.progress.num_faults += 1
+        began = time.strftime("%H:%M:%S", time.localtime(time.time() - time.monotonic() + fault.moment))
+        with (self.suite.directory / "faults.txt").open("a") as file:
+            file.write(f"{began} {fault.kind} {fault.target}: detected {fault.detected_s}, whole again {fault.recovered_s}\n")
 
     async def _sample(self, run: Run, client: Client, watch: Callable[[], None]) -> None:
         while True:

@@ -60,7 +60,7 @@ class Suite:
 
     async def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in [*self.directory.glob("*.log"), *self.directory.glob("*.census")]:
+        for path in [*self.directory.glob("*.log"), *self.directory.glob("*.census"), *self.directory.glob("faults.txt")]:
             path.unlink()  # an earlier run's, whose lines would be taken for this one's
         preload = ["--preload"] if self.shape.model == FAKE_MODEL else []
         pipe = asyncio.subprocess.PIPE
