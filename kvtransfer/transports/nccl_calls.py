@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import cupy
 from cupy.cuda import nccl
@@ -13,7 +16,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 NcclError = nccl.NcclError
 
-_UNIQUE_ID = struct.Struct("128b")
+_SIGNED = struct.Struct("128b")
 
 
 def version() -> int:
@@ -23,7 +26,7 @@ def version() -> int:
 
 def unique_id() -> bytes:
     """A new communicator's name, 128 bytes; this process then listens for the other."""
-    return _UNIQUE_ID.pack(*nccl.get_unique_id())
+    return bytes(value % 256 for value in nccl.get_unique_id())
 
 
 class Communicator:
@@ -34,7 +37,7 @@ class Communicator:
         self._peer = 1 - rank
         self._device = device
         with cupy.cuda.Device(device):
-            self._communicator = nccl.NcclCommunicator(2, _UNIQUE_ID.unpack(unique_id), rank)
+            self._communicator = _join(unique_id, rank)
 
     def send(self, pointer: int, num_bytes: int, stream: int) -> None:
         with cupy.cuda.Device(self._device):
@@ -47,3 +50,12 @@ class Communicator:
     def abort(self) -> None:
         """Ends it, and what of it is under way; whoever is in another call of it gets an error."""
         self._communicator.abort()
+
+
+def _join(unique_id: bytes, rank: int) -> Any:
+    """Releases of cupy differ in how they take a name; what one does not take it refuses before it calls NCCL."""
+    forms: tuple[Sequence[int], ...] = (tuple(unique_id), unique_id, _SIGNED.unpack(unique_id))
+    for form in forms[:-1]:
+        with suppress(TypeError, OverflowError):
+            return nccl.NcclCommunicator(2, form, rank)
+    return nccl.NcclCommunicator(2, forms[-1], rank)
