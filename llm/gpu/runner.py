@@ -20,6 +20,7 @@ from llm.ops.gpu.operations import GpuOperations
 from llm.ops.gpu.skinny_linear import MAX_ROWS
 from llm.runner import ModelRunner, Pool, RunnerSettings
 from llm.sampling import SampleRow
+from llm.sampling_params import SamplingParams
 from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
 
 
@@ -122,6 +123,7 @@ class GpuModelRunner(ModelRunner):
             _lock_pages()
             if self._gpu.max_batch:
                 self._capture(report)
+            self.start_step([SequenceSlice([0], 0, range(1))], [-1], [_SAMPLED]).token_ids()
         report(1.0, "ready")
 
     def _pool_tensor(self) -> torch.Tensor:
@@ -179,6 +181,10 @@ def _make_stream(device: torch.device) -> torch.cuda.Stream | None:
 def _count(done: list[int], size: int, total: int, report: Progress) -> None:
     done.append(size)
     report(len(done) / total, f"capturing decode graphs: {size} sequences")
+
+
+_SAMPLED = SampleRow(SamplingParams(temperature=1.0, top_k=2, top_p=0.9, seed=0), (), 0)
+"""Compiles the kernel that draws."""
 
 
 def _lock_pages() -> None:
