@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from kvtransfer.host_blocks import HostBlocks
-from kvtransfer.mapped_file import UnmappableError
+from kvtransfer.mapped_file import InvisibleProcessError, UnmappableError
 from kvtransfer.peers import Peer, Peers
 from kvtransfer.ticket import CudaIpcOffer, KvTicket, NcclOffer, ShmOffer, TcpOffer
 from kvtransfer.transports.nccl_link import LinkError, nccl_version
@@ -53,17 +53,20 @@ class Chooser:
     async def choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
         """Choosing shm or cuda_ipc opens the producer's pool, and nccl makes a link to it.
 
-        FAILED_PRECONDITION (KV_LAYOUT_MISMATCH) if there is no way.
+        If there is no way: FAILED_PRECONDITION (KV_LAYOUT_MISMATCH), but TRANSFER_INTERRUPTED where that may be because the producer
+        has ended.
         """
-        against = list(self._against)
+        against, why_not = list(self._against), Reason.KV_LAYOUT_MISMATCH
         for name in self._allowed:
             try:
                 reason = await self._try(name, ticket, peer)
                 return TransportChoice(name, reason or "; ".join(against) or "preferred here")
             except (NotOfferedError, UnmappableError, DeviceMemoryError, LinkError) as error:
                 against.append(str(error))
+                if isinstance(error, InvisibleProcessError):
+                    why_not = Reason.TRANSFER_INTERRUPTED
         message = f"no way to fetch the blocks: {'; '.join(against)}"
-        raise TandemError(Reason.KV_LAYOUT_MISMATCH, message, metadata={"producer_id": ticket.producer_id})
+        raise TandemError(why_not, message, metadata={"producer_id": ticket.producer_id})
 
     async def _try(self, name: str, ticket: KvTicket, peer: Peer) -> str:
         """What speaks for it by itself; nothing for those that are taken for want of a better. Raises if it does not work."""

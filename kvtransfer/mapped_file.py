@@ -11,6 +11,10 @@ class UnmappableError(Exception):
     """The memory cannot be mapped here; the message says why, for people."""
 
 
+class InvisibleProcessError(UnmappableError):
+    """There is no such process, as far as can be seen from here."""
+
+
 def map_file(file: MemoryFile) -> mmap.mmap:
     """Maps what is named, after making sure that it is that. Raises UnmappableError."""
     if not file.boot_id or file.boot_id != boot_id():
@@ -18,7 +22,7 @@ def map_file(file: MemoryFile) -> mmap.mmap:
     try:
         fd = os.open(_path(file), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise UnmappableError("producer's process is not visible from here (ended, or in another container)") from error
+        raise InvisibleProcessError("producer's process is not visible from here (ended, or in another container)") from error
     except OSError as error:
         raise UnmappableError(f"producer's memory cannot be opened ({error.strerror})") from error
     try:

@@ -186,6 +186,8 @@ class DeviceRunner(StampedRunner):
     """One whose steps go on while its thread does something else, one after the other. Stands for llm.gpu.runner.GpuModelRunner."""
 
     _last: DeviceStep | None = None
+    _failure: RuntimeError | None = None
+    """A device that has failed does nothing more."""
 
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[Any]) -> DeviceStep:
         loop = threads.loop()
@@ -201,8 +203,9 @@ class DeviceRunner(StampedRunner):
         try:
             self._harm(slices)
         except RuntimeError as error:
-            step.failure = error
-        else:
+            self._failure = error
+        step.failure = self._failure
+        if self._failure is None:
             for piece, source in zip(slices, sources, strict=True):
                 if source >= 0:
                     assert step.before is not None

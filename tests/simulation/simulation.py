@@ -22,6 +22,8 @@ MAX_EVENTS = 150_000
 QUIESCE_S = 15.0
 KEPT_TASKS = {"TcpServer._serve"}
 """Idle connections are kept for the next pull; how many, the transport bounds."""
+KEPT_CALLS = {"Watch", "Follow"}
+"""The gateway's own streams, one to each worker at most."""
 PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
 
 
@@ -251,7 +253,9 @@ class Simulation:
             if not node.idle:
                 assert node.allocator is not None
                 held.append(f"{name} holds {node.allocator.num_blocks - node.allocator.num_free} blocks or tickets")
-        calls = Counter(call.path for call in world.rpc.open_calls if call.task_process.alive and not call.path.endswith("/Watch"))
+        calls = Counter(
+            call.path for call in world.rpc.open_calls if call.task_process.alive and call.path.rpartition("/")[2] not in KEPT_CALLS
+        )
         held += [f"{count} calls of {path} are open" for path, count in calls.items()]
         gateway = world.gateway
         if gateway is not None and gateway.num_running:
