@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.simulation.seams import simulated_modules
+from tests.simulation.seams import Seams, simulated_modules
 from tests.simulation.simulation import Result, run
 
 
@@ -24,7 +24,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     sys.unraisablehook = lambda _: None
     arguments = _arguments()
-    with simulation_modules():
+    with simulation_modules(arguments.without):
         if arguments.seed is not None:
             return _replay(arguments.seed)
         return _campaign(range(arguments.first, arguments.first + arguments.seeds), arguments.stop_after)
@@ -35,16 +35,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2000, help="how many seeds to run")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="replay one seed with its log")
+    parser.add_argument("--without", default="", help="take a protection away, by its name in mutations.py")
     parser.add_argument("--stop-after", type=int, default=10, help="failing seeds after which to stop")
     return parser.parse_args()
 
 
 @contextmanager
-def simulation_modules() -> Iterator[None]:
-    """The product's modules as the simulation needs them."""
-    from tests.simulation import product
+def simulation_modules(without: str = "") -> Iterator[None]:
+    """The product's modules as the simulation needs them, and without one of their protections if it is named."""
+    from tests.simulation import mutations, product
 
-    with simulated_modules(product.replace):
+    def further(seams: Seams) -> None:
+        product.replace(seams)
+        if without:
+            mutations.MUTATIONS[without](seams)
+
+    with simulated_modules(further):
         yield
 
 

@@ -175,6 +175,8 @@ class Channel:
 
     def forget(self, call: "ClientCall") -> None:
         self._calls.discard(call)
+        if call in self._waiting:
+            self._waiting.remove(call)
 
     def _connect(self) -> None:
         if self._connecting:

@@ -94,6 +94,9 @@ FAULTS = (
 )
 """What a disturbance is drawn from."""
 
+ROOMY_BLOCKS = 64
+"""More than all requests of a scenario take together, as a rule."""
+
 EVENTS_PER_WISH = 500
 """Roughly; disturbances come at any of them."""
 
@@ -111,8 +114,8 @@ def scenario(seed: int) -> Scenario:
         seed=seed,
         prefills=prefills,
         decodes=decodes,
-        prefill_blocks=random.randint(12, 24) if scarce else 64,
-        decode_blocks=random.randint(14, 26) if scarce else 64,
+        prefill_blocks=random.randint(12, 24) if scarce else ROOMY_BLOCKS,
+        decode_blocks=random.randint(14, 26) if scarce else ROOMY_BLOCKS,
         token_budget=random.choice((5, 8, 16, 64)),
         max_prompts=random.choice((2, 16, 16)),
         max_batch=random.choice((1, 4, 8)),

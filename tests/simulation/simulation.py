@@ -15,7 +15,7 @@ from tandem.channels import open_channel
 from tests.simulation.expected import Expected, expected
 from tests.simulation.loop import Process, SimulatedLoop, Violation
 from tests.simulation.model import LAYOUT
-from tests.simulation.scenario import Disturbance, Fault, Scenario, Wish, scenario
+from tests.simulation.scenario import ROOMY_BLOCKS, Disturbance, Fault, Scenario, Wish, scenario
 from tests.simulation.world import MAX_DEADLINE_S, PORT, Records, World
 
 MAX_EVENTS = 150_000
@@ -305,12 +305,29 @@ def judged(record: Record, scenario: Scenario, world: World) -> list[str]:
             found.append(f"I1: {name} ended OK without its last message")
         elif not record.expected.equals(record.tokens, record.text, record.finished.reason):
             found.append(f"I2: {name} gave {record.tokens}, undisturbed it is {record.expected.tokens}")
+    elif must_succeed(wish, scenario):
+        found.append(f"A1-A6: {name} failed with {code.name if code else None} for one fault: {record.details}")
     elif code not in allowed(record, scenario, world):
         found.append(f"I9: {name} ended with {code.name if code else None}: {record.details}")
     limit_s = min(wish.timeout_s or MAX_DEADLINE_S, MAX_DEADLINE_S) + 1.0
     if record.ended_at - record.started_at > limit_s and not gateway_disturbed(scenario):
         found.append(f"I1: {name} took {record.ended_at - record.started_at:.2f} s, its limit was {limit_s}")
     return found
+
+
+def must_succeed(wish: Wish, scenario: Scenario) -> bool:
+    """Whether one fault of one worker is all that stands against a request, and there are other workers, and room."""
+    roomy = (
+        scenario.prefill_blocks == scenario.decode_blocks == ROOMY_BLOCKS
+        and scenario.max_prompts > 8
+        and scenario.max_sequences > 8
+    )
+    alone = len(scenario.prefills) == 1 or len(scenario.decodes) == 1
+    poisoned = any(each.poisonous for each in scenario.wishes)
+    several = len(scenario.disturbances) > 1 or gateway_disturbed(scenario)
+    impatient = wish.cancel_after_events is not None or (wish.timeout_s or MAX_DEADLINE_S) < MAX_DEADLINE_S
+    crowded = scenario.max_queued < len(scenario.wishes)
+    return roomy and not (alone or poisoned or several or impatient or crowded or wish.client in scenario.slow_clients)
 
 
 def gateway_disturbed(scenario: Scenario) -> bool:
