@@ -27,7 +27,7 @@ def main() -> int:
     with simulation_modules(arguments.without):
         if arguments.seed is not None:
             return _replay(arguments.seed)
-        return _campaign(range(arguments.first, arguments.first + arguments.seeds), arguments.stop_after)
+        return _campaign(range(arguments.first, arguments.first + arguments.seeds), arguments.stop_after, arguments.without)
 
 
 def _arguments() -> argparse.Namespace:
@@ -65,7 +65,7 @@ def _replay(seed: int) -> int:
     return 1 if result.violations else 0
 
 
-def _campaign(seeds: range, stop_after: int) -> int:
+def _campaign(seeds: range, stop_after: int, without: str) -> int:
     logging.disable(logging.WARNING)
     gc.disable()
     started, failed, totals, injected, outcomes = (
@@ -83,7 +83,7 @@ def _campaign(seeds: range, stop_after: int) -> int:
         outcomes += result.outcomes
         if result.violations:
             failed.append(result)
-            _print_failure(result)
+            _print_failure(result, without)
             if len(failed) >= stop_after:
                 break
         if number % 20 == 0:
@@ -99,8 +99,9 @@ def _campaign(seeds: range, stop_after: int) -> int:
     return 1 if failed else 0
 
 
-def _print_failure(result: Result) -> None:
-    print(f"seed {result.seed} failed; replay it with: make sim SEED={result.seed}")
+def _print_failure(result: Result, without: str) -> None:
+    arguments = f" ARGS='--without {without}'" if without else ""
+    print(f"seed {result.seed} failed; replay it with: make sim SEED={result.seed}{arguments}")
     for violation in result.violations[:4]:
         print(f"    {violation[:300]}")
 

@@ -20,8 +20,8 @@ from tests.simulation.world import MAX_DEADLINE_S, PORT, Records, World
 
 MAX_EVENTS = 150_000
 QUIESCE_S = 15.0
-KEPT_TASKS = {"TcpServer._serve"}
-"""Idle connections are kept for the next pull; how many, the transport bounds."""
+KEPT_TASKS = {"TcpServer._serve", "ServerCall._run"}
+"""Idle connections are kept for the next pull; how many, the transport bounds. Calls are looked at by themselves."""
 KEPT_CALLS = {"Watch", "Follow"}
 """The gateway's own streams, one to each worker at most."""
 PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
@@ -257,6 +257,8 @@ class Simulation:
             call.path for call in world.rpc.open_calls if call.task_process.alive and call.path.rpartition("/")[2] not in KEPT_CALLS
         )
         held += [f"{count} calls of {path} are open" for path, count in calls.items()]
+        kept = Counter((call.task_process.name, call.path) for call in world.rpc.open_calls if call.task_process.alive)
+        held += [f"{count} calls of {path} are open at {name}" for (name, path), count in kept.items() if count > 1]
         gateway = world.gateway
         if gateway is not None and gateway.num_running:
             held.append(f"the gateway runs {gateway.num_running} requests")
@@ -344,6 +346,8 @@ def allowed(record: Record, scenario: Scenario, world: World) -> set[grpc.Status
         codes.add(code.DEADLINE_EXCEEDED)
     if scenario.disturbances or world.poison_deaths:
         codes |= {code.UNAVAILABLE, code.ABORTED}
+    if sum(world.deaths[name] for name in scenario.workers) > 1:
+        codes.add(code.INTERNAL)  # quarantined: it was there when two workers died in a row
     if wish.poisonous:
         codes |= {code.INTERNAL, code.ABORTED, code.UNAVAILABLE}
     if fits_nowhere(wish, scenario):
