@@ -53,8 +53,7 @@ class Chooser:
     async def choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
         """Choosing shm or cuda_ipc opens the producer's pool, and nccl makes a link to it.
 
-        If there is no way: FAILED_PRECONDITION (KV_LAYOUT_MISMATCH), but TRANSFER_INTERRUPTED where that may be because the producer
-        has ended.
+        If there is no way: FAILED_PRECONDITION (KV_LAYOUT_MISMATCH), but TRANSFER_INTERRUPTED where the producer may have ended.
         """
         against, why_not = list(self._against), Reason.KV_LAYOUT_MISMATCH
         for name in self._allowed:
