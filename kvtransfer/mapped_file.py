@@ -12,7 +12,7 @@ class UnmappableError(Exception):
 
 
 class InvisibleProcessError(UnmappableError):
-    """There is no such process, as far as can be seen from here."""
+    """There is no such process as far as can be seen from here, or another under its number."""
 
 
 def map_file(file: MemoryFile) -> mmap.mmap:
@@ -28,7 +28,7 @@ def map_file(file: MemoryFile) -> mmap.mmap:
     try:
         status = os.fstat(fd)
         if (status.st_ino, status.st_size) != (file.inode, file.num_bytes):
-            raise UnmappableError("what the offer names is not the producer's memory (inode or size differs)")
+            raise InvisibleProcessError("what the offer names is not the producer's memory (inode or size differs)")
         return mmap.mmap(fd, file.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except (OSError, ValueError) as error:
         raise UnmappableError(f"producer's memory cannot be mapped ({error})") from error

@@ -311,10 +311,14 @@ def judged(record: Record, scenario: Scenario, world: World) -> list[str]:
         found.append(f"A1-A6: {name} failed with {code.name if code else None} for one fault: {record.details}")
     elif code not in allowed(record, scenario, world):
         found.append(f"I9: {name} ended with {code.name if code else None}: {record.details}")
-    limit_s = min(wish.timeout_s or MAX_DEADLINE_S, MAX_DEADLINE_S) + 1.0
-    if record.ended_at - record.started_at > limit_s and not gateway_disturbed(scenario):
-        found.append(f"I1: {name} took {record.ended_at - record.started_at:.2f} s, its limit was {limit_s}")
+    if record.ended_at - record.started_at > limit_s(wish) + 1.0 and not gateway_disturbed(scenario):
+        found.append(f"I1: {name} took {record.ended_at - record.started_at:.2f} s, its limit was {limit_s(wish)} s")
     return found
+
+
+def limit_s(wish: Wish) -> float:
+    """The request's deadline, or the gateway's."""
+    return MAX_DEADLINE_S if wish.timeout_s is None else min(wish.timeout_s, MAX_DEADLINE_S)
 
 
 def must_succeed(wish: Wish, scenario: Scenario) -> bool:
@@ -327,7 +331,7 @@ def must_succeed(wish: Wish, scenario: Scenario) -> bool:
     alone = len(scenario.prefills) == 1 or len(scenario.decodes) == 1
     poisoned = any(each.poisonous for each in scenario.wishes)
     several = len(scenario.disturbances) > 1 or gateway_disturbed(scenario)
-    impatient = wish.cancel_after_events is not None or (wish.timeout_s or MAX_DEADLINE_S) < MAX_DEADLINE_S
+    impatient = wish.cancel_after_events is not None or limit_s(wish) < MAX_DEADLINE_S
     crowded = scenario.max_queued < len(scenario.wishes)
     return roomy and not (alone or poisoned or several or impatient or crowded or wish.client in scenario.slow_clients)
 
