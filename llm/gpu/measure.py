@@ -23,9 +23,10 @@ _CONTEXT_BYTES = 768 * _MIB
 _GRAPH_BYTES = 8 * _MIB
 """What the driver keeps of one captured step beside its tensors."""
 _MARGIN_BYTES = 256 * _MIB
-_STEP_SIZES = (256, 512, 1024, 2048, 4096, 8192)
-_SATURATED = 0.85
-"""Of the best rate. Twice the tokens for the last part would make every prompt wait twice as long for its step."""
+_STEP_SIZES = (1024, 2048, 4096, 8192)
+"""Steps that mix short and long prompts are half full (prefill_svc.fairness), so the least is what half fills the device."""
+_SATURATED = 0.9
+"""Of the best rate. Twice the tokens for the last tenth would make every prompt wait twice as long for its step."""
 _DECODE_TOKENS = 512
 """Tokens of a decode worker's largest step: a batch, and sequences that are computed again."""
 
