@@ -311,7 +311,8 @@ def judged(record: Record, scenario: Scenario, world: World) -> list[str]:
         found.append(f"A1-A6: {name} failed with {code.name if code else None} for one fault: {record.details}")
     elif code not in allowed(record, scenario, world):
         found.append(f"I9: {name} ended with {code.name if code else None}: {record.details}")
-    if record.ended_at - record.started_at > limit_s(wish) + 1.0 and not gateway_disturbed(scenario):
+    unhindered = not (gateway_disturbed(scenario) or wish.read_pause_s)  # who reads slowly hears of the end late
+    if record.ended_at - record.started_at > limit_s(wish) + 1.0 and unhindered:
         found.append(f"I1: {name} took {record.ended_at - record.started_at:.2f} s, its limit was {limit_s(wish)} s")
     return found
 
