@@ -125,7 +125,7 @@ class DecodeWorker:
             layout=layout_to_proto(self._loaded.layout),
             device=self._loaded.runner.device_description,
             weight_format=self._loaded.runner.weight_format,
-            transports=self._settings.transfer.transports,
+            transports=self._puller.transports,
         )
 
     def _snapshot(self) -> WorkerSnapshot:

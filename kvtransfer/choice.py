@@ -47,7 +47,7 @@ class Chooser:
         self._blocks = blocks
         self._peers = peers
         fastest = "cuda_ipc" if pool.on_device else "shm"
-        self._allowed = usable(allowed, pool)
+        self.usable = usable(allowed, pool)
         self._against = () if fastest in allowed else (f"{fastest} is switched off here",)
 
     async def choose(self, ticket: KvTicket, peer: Peer) -> TransportChoice:
@@ -56,7 +56,7 @@ class Chooser:
         If there is no way: FAILED_PRECONDITION (KV_LAYOUT_MISMATCH), but TRANSFER_INTERRUPTED where the producer may have ended.
         """
         against, why_not = list(self._against), Reason.KV_LAYOUT_MISMATCH
-        for name in self._allowed:
+        for name in self.usable:
             try:
                 reason = await self._try(name, ticket, peer)
                 return TransportChoice(name, reason or "; ".join(against) or "preferred here")

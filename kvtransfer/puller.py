@@ -72,6 +72,11 @@ class KvPuller:
         self._threads = WatchedThreads(THREADS, "kv-pull")
         self._blocks.warm_up(self._threads, THREADS)
 
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Those that can reach this pool, best first."""
+        return tuple(self._chooser.usable)
+
     def check(self, ticket: KvTicket) -> None:
         """Raises MODEL_MISMATCH or KV_LAYOUT_MISMATCH for a ticket whose blocks would mean something else here."""
         for name, own in (("model_digest", self._model_digest), ("tokenizer_digest", self._tokenizer_digest)):
