@@ -1,6 +1,7 @@
 """Runs one seed from start to quiesce and says what was wrong."""
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.simulation.expected import Expected, expected
 from tests.simulation.loop import Process, SimulatedLoop, Violation
 from tests.simulation.model import LAYOUT
 from tests.simulation.scenario import ROOMY_BLOCKS, Disturbance, Fault, Scenario, Wish, scenario
+from tests.simulation.worker import PRODUCT_LOGGERS, Outcome
 from tests.simulation.world import MAX_DEADLINE_S, PORT, Records, World
 
 MAX_EVENTS = 150_000
@@ -24,7 +26,6 @@ KEPT_TASKS = {"TcpServer._serve", "ServerCall._run"}
 """Idle connections are kept for the next pull; how many, the transport bounds. Calls are looked at by themselves."""
 KEPT_CALLS = {"Watch", "Follow"}
 """The gateway's own streams, one to each worker at most."""
-PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
 
 
 @dataclass
@@ -44,19 +45,7 @@ class Record:
     finished: generation_pb2.Finished | None = None
 
 
-@dataclass
-class Result:
-    """Of one seed."""
-
-    seed: int
-    num_events: int
-    violations: list[str]
-    injected: Counter[str]
-    outcomes: Counter[str]
-    log: list[str]
-
-
-def run(seed: int, *, verbose: Callable[[str], None] | None = None) -> Result:
+def run(seed: int, *, verbose: Callable[[str], None] | None = None) -> Outcome:
     """Simulates the seed's scenario; product modules must be simulated ones."""
     return Simulation(scenario(seed), verbose).run()
 
@@ -67,7 +56,7 @@ class Simulation:
     def __init__(self, wanted: Scenario, verbose: Callable[[str], None] | None = None) -> None:
         self.scenario = wanted
         self.loop = SimulatedLoop(Random(wanted.seed * 2))
-        self.log: list[str] = []
+        self._digest = hashlib.blake2b(digest_size=8)
         self._verbose = verbose
         self.world = World(wanted, self.loop, self.note)
         self.records = [Record(wish, expected(wish)) for wish in wanted.wishes]
@@ -77,11 +66,11 @@ class Simulation:
 
     def note(self, text: str) -> None:
         line = f"{self.loop.time() - 1000:9.6f} #{self.loop.num_events:<6} {text}"
-        self.log.append(line)
+        self._digest.update(line.encode())
         if self._verbose is not None:
             self._verbose(line)
 
-    def run(self) -> Result:
+    def run(self) -> Outcome:
         records = Records(self.world, every=self._verbose is not None)
         loggers = [logging.getLogger(name) for name in PRODUCT_LOGGERS]
         for logger in loggers:
@@ -100,7 +89,15 @@ class Simulation:
             for logger in loggers:
                 logger.removeHandler(records)
         violations = list(dict.fromkeys(self.loop.violations))
-        return Result(self.scenario.seed, self.loop.num_events, violations, self.world.injected, self.outcomes, self.log)
+        self._digest.update(repr((self.loop.num_events, next(self.loop.numbers), self.loop.random.random())).encode())
+        return Outcome(
+            seed=self.scenario.seed,
+            num_events=self.loop.num_events,
+            digest=int.from_bytes(self._digest.digest()),
+            violations=violations,
+            injected=self.world.injected,
+            requests=self.outcomes,
+        )
 
     def violated(self, text: str) -> None:
         self.loop.violations.append(text)

@@ -1,11 +1,15 @@
 """The simulation in `make test`: many seeds, what failed before, and whether a seed means the same every time."""
 
+import asyncio
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.simulation import campaign
 
 SEEDS = 2000
 REGRESSIONS = {
@@ -21,6 +25,9 @@ WITHOUT = {
     "checksums": 29,
 }
 """Protections, and a seed that fails without them; see mutations.py."""
+
+
+DIGEST = re.compile(r"digest +([0-9a-f]{16})")
 
 
 def simulate(repository: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -57,3 +64,45 @@ def test_a_seed_means_the_same_in_every_process(repository: Path) -> None:
     logs = [simulate(repository, "--seed", "12", hash_seed=hash_seed).stdout for hash_seed in ("0", "1")]
     assert len(logs[0].splitlines()) > 20
     assert logs[0] == logs[1]
+
+
+def test_processes_share_the_seeds_and_give_the_same(repository: Path) -> None:
+    """The digest stands for all events of all seeds, and when they came."""
+    found = [simulate(repository, "--first", "100", "--seeds", "30", "--processes", count).stdout for count in ("1", "3")]
+    assert "30 seeds" in found[0] and "30 seeds" in found[1]
+    digests = {DIGEST.search(each).group(1) for each in found}  # type: ignore[union-attr]
+    assert len(digests) == 1, found
+
+
+def test_the_count_is_honest_when_time_is_out(repository: Path) -> None:
+    done = simulate(repository, "--seeds", "100000", "--limit-s", "0")
+    assert done.returncode == 3
+    assert "Simulation: 0 of 100000 seeds" in done.stdout
+    assert "time was out" in done.stdout
+
+
+def test_a_seed_that_ends_its_process_has_failed_and_the_others_go_on() -> None:
+    plan = campaign.Plan(first=0, num_seeds=15, num_processes=2, limit_s=None, stop_after=5, without="")
+    tally = asyncio.run(Crashing(plan, campaign.Progress(15, lambda _: None, terminal=False)).run())
+    assert [outcome.seed for outcome in tally.failed] == [3]
+    assert "ended with status 9" in tally.failed[0].violations[0]
+    assert tally.num_seeds == 15
+
+
+class Crashing(campaign.Campaign):
+    """Its processes do nothing, and do not survive seed 3."""
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        program = """
+import sys
+from tests.simulation.worker import Outcome
+for line in sys.stdin:
+    first, count = map(int, line.split())
+    for seed in range(first, first + count):
+        if seed == 3:
+            sys.exit(9)
+        print(Outcome(seed).to_json(), flush=True)
+"""
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", program), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )

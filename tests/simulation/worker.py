@@ -1,0 +1,92 @@
+"""Runs seeds in this process: the product's modules simulated, memory kept small, what a seed gave as one line of JSON."""
+
+import gc
+import json
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
+
+
+@dataclass
+class Outcome:
+    """What became of a seed. `digest` stands for all that happened in it, and when."""
+
+    seed: int
+    num_events: int = 0
+    digest: int = 0
+    violations: list[str] = field(default_factory=list)
+    injected: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> "Outcome":
+        fields = json.loads(line)
+        return cls(**{**fields, "injected": Counter(fields["injected"]), "requests": Counter(fields["requests"])})
+
+
+@contextmanager
+def simulated(without: str = "") -> Iterator[None]:
+    """The product's modules as the simulation needs them, and without one of their protections if it is named."""
+    from tests.simulation import mutations, product, simulation  # noqa: F401 - loads all of the product
+    from tests.simulation.seams import Seams, simulated_modules
+
+    # What a killed process had not begun is none of its failures.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    sys.unraisablehook = lambda _: None
+
+    def further(seams: Seams) -> None:
+        product.replace(seams)
+        if without:
+            mutations.MUTATIONS[without](seams)
+
+    with simulated_modules(further):
+        yield
+
+
+def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
+    """Of one seed after the other; within `simulated`.
+
+    What a seed leaves behind is full of cycles. It is collected at once, so that the next one finds the same memory in the
+    processor's caches; the modules, which stay, are left out of that.
+    """
+    from tests.simulation.simulation import run
+
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    for seed in seeds:
+        yield run(seed)
+        gc.collect()
+
+
+def serve(without: str) -> None:
+    """Runs the ranges of seeds that come in by standard input, a line "first count" each, and prints a line for each seed."""
+    logging.disable(logging.WARNING)
+    with simulated(without):
+        for outcome in outcomes(_asked_for()):
+            print(outcome.to_json(), flush=True)
+
+
+def _asked_for() -> Iterator[int]:
+    for line in sys.stdin:
+        first, count = map(int, line.split())
+        yield from range(first, first + count)
+
+
+def replay(seed: int, without: str) -> Outcome:
+    """One seed, with a log of all that happens."""
+    from tests.simulation.simulation import run
+
+    for name in PRODUCT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    with simulated(without):
+        return run(seed, verbose=print)
