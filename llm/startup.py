@@ -28,8 +28,8 @@ class LoadedModel:
     pool: KvPool
     allocator: BlockAllocator
     layout: KvLayout
-    saturating_tokens: int = _CPU_STEP_TOKENS
-    """The fewest prompt tokens of one step that keep the device busy."""
+    step_tokens: int = _CPU_STEP_TOKENS
+    """Most prompt tokens of one step; half of them keep the device busy."""
 
 
 def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSettings, progress: Progress | None = None) -> LoadedModel:
@@ -37,15 +37,15 @@ def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSetting
     runner = ModelRunner.load(files, runner_settings, progress)
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, kv.block_tokens, runner.kv_dtype)
-    count, saturating_tokens, report = num_blocks(layout, kv), _CPU_STEP_TOKENS, progress
+    count, step_tokens, report = num_blocks(layout, kv), _CPU_STEP_TOKENS, progress
     if is_gpu(runner_settings.device):
-        count, saturating_tokens = _measure(runner, layout, kv, _part(progress, 0.0))
+        count, step_tokens = _measure(runner, layout, kv, _part(progress, 0.0))
         report = _part(progress, 0.5)
     pool = KvPool.create(layout, count, runner_settings.device)
     runner.attach(pool)
     runner.warm_up(report)
     allocator = BlockAllocator(pool.num_blocks, kv.block_tokens, kv.prefix_cache, pool.generations.bump)
-    return LoadedModel(runner, pool, allocator, layout, saturating_tokens)
+    return LoadedModel(runner, pool, allocator, layout, step_tokens)
 
 
 def _measure(runner: ModelRunner, layout: KvLayout, kv: KvSettings, progress: Progress) -> tuple[int, int]:
@@ -59,10 +59,8 @@ def _measure(runner: ModelRunner, layout: KvLayout, kv: KvSettings, progress: Pr
     fixed = kv.kv_blocks > 0 or kv.kv_memory_mib > 0
     count = num_blocks(layout, kv) if fixed else max(1, measured.pool_bytes // layout.block_bytes)
     size_gib = count * layout.block_bytes / (1 << 30)
-    logger.info(
-        "measured: %d KV blocks (%.1f GiB); the device is busy from %d tokens on", count, size_gib, measured.saturating_tokens
-    )
-    return count, measured.saturating_tokens
+    logger.info("measured: %d KV blocks (%.1f GiB); prefill steps of %d tokens at most", count, size_gib, measured.step_tokens)
+    return count, measured.step_tokens
 
 
 def _part(progress: Progress | None, begin: float) -> Progress:

@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class BatcherLimits:
-    """`token_budget`: most tokens of one step. `max_prompts`: most prompts waiting and running.
+    """`token_budget`: most tokens of one step; half is what prompts are packed to. `max_prompts`: most prompts waiting and running.
 
     `max_queued_tokens`: most tokens still to compute, beyond which only short prompts are taken.
     """
@@ -167,8 +167,10 @@ class PrefillBatcher:
         return chunks
 
     def _pack(self) -> Iterator[Chunk]:
+        sizes = [prompt.num_tokens - prompt.num_cached_tokens for prompt in self._running]
         remaining = [prompt.num_tokens - prompt.num_scheduled_tokens for prompt in self._running]
-        for prompt, num_tokens in zip(self._running, fairness.share_step(remaining, self._limits.token_budget), strict=True):
+        shares = fairness.share_step(sizes, remaining, self._limits.token_budget)
+        for prompt, num_tokens in zip(self._running, shares, strict=True):
             if num_tokens > 0:
                 yield Chunk(prompt, prompt.num_scheduled_tokens, num_tokens)
 

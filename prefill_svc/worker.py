@@ -71,7 +71,7 @@ class PrefillWorker:
         self._failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._server = Server("prefill", settings.server)
-        token_budget = settings.token_budget or loaded.saturating_tokens
+        token_budget = settings.token_budget or loaded.step_tokens
         limits = BatcherLimits(token_budget, settings.max_prompts, settings.max_queued_tokens)
         batcher = PrefillBatcher(loaded.allocator, limits)
         courier = Courier(self._loop)

@@ -24,19 +24,21 @@ _GRAPH_BYTES = 8 * _MIB
 """What the driver keeps of one captured step beside its tensors."""
 _MARGIN_BYTES = 256 * _MIB
 _STEP_SIZES = (1024, 2048, 4096, 8192)
-"""Steps that mix short and long prompts are half full (prefill_svc.fairness), so the least is what half fills the device."""
+"""The least is where the host's part of a step, which varies, is surely the shorter one."""
 _SATURATED = 0.9
 """Of the best rate. Twice the tokens for the last tenth would make every prompt wait twice as long for its step."""
+_STEPS_A_BUDGET = 2
+"""Prompts are packed to half of the token budget (prefill_svc.fairness): that half is to keep the device busy."""
 _DECODE_TOKENS = 512
 """Tokens of a decode worker's largest step: a batch, and sequences that are computed again."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`pool_bytes`: memory for KV blocks. `saturating_tokens`: of the smallest step that runs at about the device's full rate."""
+    """`pool_bytes`: memory for KV blocks. `step_tokens`: of the largest step; half of them keep the device busy."""
 
     pool_bytes: int
-    saturating_tokens: int
+    step_tokens: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def measure(runner: GpuModelRunner, layout: KvLayout, fraction: float, progress:
     runner.attach(scratch)
     runner.warm_up(progress)
     progress(0.0, "measuring steps")
-    tokens = max(sizes) if decodes else smallest_saturating(_step_times(runner, sizes))
+    tokens = max(sizes) if decodes else _step_tokens(runner, sizes)
     _forward(runner, tokens, "last" if decodes else "all")
     peak, num_graphs = torch.cuda.max_memory_reserved(runner.device) - scratch.num_bytes, runner.num_graphs
     runner.detach()
@@ -103,6 +105,10 @@ def pool_bytes(use: MemoryUse, fraction: float) -> int:
             "raise --gpu-memory-fraction, or give the worker a GPU of its own"
         )
     return room
+
+
+def _step_tokens(runner: GpuModelRunner, sizes: Sequence[int]) -> int:
+    return min(max(sizes), _STEPS_A_BUDGET * smallest_saturating(_step_times(runner, sizes)))
 
 
 def smallest_saturating(seconds: Mapping[int, float]) -> int:

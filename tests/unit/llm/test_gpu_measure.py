@@ -77,8 +77,8 @@ def test_the_largest_step_of_a_prefill_worker_wants_all_logits(layout: KvLayout)
     runner = Runner(max_batch=0)
     measured = measure(runner, layout, 1.0, lambda fraction, text: None)
     assert runner.log[:2] == [("attach", 4), ("warm_up",)]
-    assert runner.log[-2:] == [(measured.saturating_tokens, "all"), ("detach",)]
-    assert measured.saturating_tokens in (8, 32, 64), "no more than the model's context"
+    assert runner.log[-2:] == [(measured.step_tokens, "all"), ("detach",)]
+    assert measured.step_tokens in (16, 64), "no more than the model's context"
     assert 3 * GIB < measured.pool_bytes < 5 * GIB
 
 
