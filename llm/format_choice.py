@@ -17,23 +17,23 @@ import torch
 from llm.config import ModelConfig
 from llm.ops.linear import Linear
 from llm.ops.operations import Operations
-from llm.weights import WeightDtype
+from llm.weight_format import WeightFormat
 from llm.weights_plan import plan_tensors
 
 _ROWS = {"prefill": (256,), "decode": (1, 16)}
 _SAMPLE_BYTES = 96 << 20
 """Float32 bytes of weights to measure with: more than caches hold, so that memory counts as it will."""
-_WEIGHT_DTYPES: Mapping[str, WeightDtype] = {"float32": "float32", "bfloat16": "bfloat16"}
+_FORMATS: Mapping[str, WeightFormat] = {"fp32": "fp32", "bf16": "bf16"}
 _REPEATS = 3
 _MARGIN = 1.1
-"""float32 must be this much faster to be chosen: bfloat16 halves memory, and two workers of one format share its pages."""
+"""fp32 must be this much faster to be chosen: bf16 halves memory, and two workers of one format share its pages."""
 
 
 @dataclass(frozen=True)
 class FormatChoice:
     """The format, and why, for people."""
 
-    dtype: WeightDtype
+    format: WeightFormat
     reason: str
 
 
@@ -44,12 +44,12 @@ def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> Format
     """
     try:
         known = json.loads(path.read_text())
-        return FormatChoice(_WEIGHT_DTYPES[known["dtype"]], str(known["reason"]))
+        return FormatChoice(_FORMATS[known["format"]], str(known["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
         choice = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps({"dtype": choice.dtype, "reason": choice.reason}))
+    written.write_text(json.dumps({"format": choice.format, "reason": choice.reason}))
     written.replace(path)
     return choice
 
@@ -68,10 +68,8 @@ def choose_format(config: ModelConfig, role: str, operations: Operations) -> For
     rows = _ROWS[role]
     wide = _measure(config, torch.float32, rows, operations)
     narrow = _measure(config, torch.bfloat16, rows, operations)
-    dtype: WeightDtype = "float32" if sum(wide) * _MARGIN < sum(narrow) else "bfloat16"
-    return FormatChoice(
-        dtype, f"measured at {_join(rows)} rows: float32 {_milliseconds(wide)} ms, bfloat16 {_milliseconds(narrow)} ms"
-    )
+    format: WeightFormat = "fp32" if sum(wide) * _MARGIN < sum(narrow) else "bf16"
+    return FormatChoice(format, f"measured at {_join(rows)} rows: fp32 {_milliseconds(wide)} ms, bf16 {_milliseconds(narrow)} ms")
 
 
 def _measure(config: ModelConfig, dtype: torch.dtype, rows: Sequence[int], operations: Operations) -> list[float]:

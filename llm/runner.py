@@ -15,11 +15,13 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
+from llm.errors import UnsupportedModelError
 from llm.format_choice import FormatChoice, choose_format, machine_name, remembered_choice
 from llm.gpu.settings import GpuSettings
 from llm.model import Model
 from llm.ops.operations import HostOperations, TorchOperations
-from llm.weights import ModelFiles, Progress, WeightRequest, load_tensors
+from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
+from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
 from llm.weights_file import lock_file
 
 __all__ = ["ModelRunner", "RunnerSettings", "SequenceSlice"]
@@ -33,14 +35,23 @@ class RunnerSettings:
 
     role: Literal["prefill", "decode"]
     device: str = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights, and KV: "float32" is exact with float32 KV; the others have bfloat16 KV."""
+    dtype: Dtype = "auto"
+    weights: WeightWish = "auto"
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
     """Where converted weights are kept."""
     gpu: GpuSettings | None = None
     """Given by a service that runs on a GPU; its kernels then do the work."""
+
+    @property
+    def told_format(self) -> WeightFormat | None:
+        """The weight format that was asked for; None leaves it to measurement."""
+        return told_format(self.weights, self.dtype)
+
+    @property
+    def told_by(self) -> str:
+        return f"set by {'--dtype' if self.weights == 'auto' else '--weights'}"
 
 
 class Pool(Protocol):
@@ -59,7 +70,7 @@ class ModelRunner:
         self, model: Model, operations: HostOperations, settings: RunnerSettings, choice: FormatChoice, progress: Progress
     ) -> None:
         self.config: ModelConfig = model.config
-        self.weight_format: str = choice.dtype
+        self.weight_format: str = choice.format
         self.weight_format_reason: str = choice.reason
         """Why this format, for people."""
         self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
@@ -78,7 +89,11 @@ class ModelRunner:
         config = load_model_config(files.format, files.path, files.random_config)
         operations = _choose_operations(settings)
         choice = _choose_format(files, config, settings, operations, report)
-        request = WeightRequest(files, config, choice.dtype, settings.device, settings.cache_directory)
+        if choice.format not in DTYPES:
+            raise UnsupportedModelError(
+                f"--weights {choice.format}: there are no kernels for it here; served are {', '.join(DTYPES)}"
+            )
+        request = WeightRequest(files, config, DTYPES[choice.format], settings.device, settings.cache_directory)
         return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
 
     def adopt_thread(self) -> None:
@@ -143,16 +158,16 @@ def _choose_operations(settings: RunnerSettings) -> HostOperations:
 def _choose_format(
     files: ModelFiles, config: ModelConfig, settings: RunnerSettings, operations: HostOperations, progress: Progress
 ) -> FormatChoice:
-    if settings.dtype != "auto":
-        return FormatChoice(settings.dtype, "set by --dtype")
+    if settings.told_format is not None:
+        return FormatChoice(settings.told_format, settings.told_by)
     if settings.device != "cpu":
-        return FormatChoice("bfloat16", "the default of this device")
+        return FormatChoice("bf16", "the default of this device")
     progress(0.0, "choosing the weight format")
     name = f"{settings.role}-{machine_name(torch.get_num_threads())}-{files.digest.replace(':', '-')[:40]}.json"
     with _compiling(settings, progress):
         path = settings.cache_directory / "formats" / name
         choice = remembered_choice(path, lambda: choose_format(config, settings.role, operations))
-    logger.info("%s weights: %s", choice.dtype, choice.reason)
+    logger.info("%s weights: %s", choice.format, choice.reason)
     return choice
 
 

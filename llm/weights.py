@@ -13,11 +13,13 @@ import torch
 
 from llm.config import ModelConfig
 from llm.errors import UnsupportedModelError
+from llm.weight_format import WeightFormat
 from llm.weights_file import lock_file, map_tensors, write_tensors
 from llm.weights_plan import ROPE, PlannedTensor, Source, plan_tensors, read_planned, rope_tensor
 
 Progress = Callable[[float, str], None]
 WeightDtype = Literal["float32", "bfloat16"]
+DTYPES: Mapping[WeightFormat, WeightDtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 _CONVERSION = 1
 """Part of the converted file's name: raise it when the names, order or fusion of tensors change."""

@@ -9,6 +9,7 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
+from llm.errors import UnsupportedModelError
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
@@ -21,7 +22,7 @@ from llm.ops.gpu.skinny_linear import MAX_ROWS
 from llm.runner import ModelRunner, Pool, RunnerSettings
 from llm.sampling import SampleRow
 from llm.sampling_params import SamplingParams
-from llm.weights import ModelFiles, Progress, WeightDtype, WeightRequest, load_tensors
+from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
 
 
 class GpuModelRunner(ModelRunner):
@@ -32,8 +33,8 @@ class GpuModelRunner(ModelRunner):
         assert gpu is not None, "the service gives its attention kernel"
         operations = GpuOperations(gpu.attention)
         self.config = config
-        self.weight_format = "float32" if settings.dtype == "float32" else "bfloat16"
-        self.weight_format_reason = "the default of this device" if settings.dtype == "auto" else "set by --dtype"
+        self.weight_format = settings.told_format or "bf16"
+        self.weight_format_reason = settings.told_by if settings.told_format else "the default of this device"
         self.kv_dtype = "float32" if settings.dtype == "float32" else "bfloat16"
         self.device = torch.device(settings.device)
         self._stream = _make_stream(self.device)
@@ -53,8 +54,10 @@ class GpuModelRunner(ModelRunner):
             torch.cuda.set_device(settings.device)
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
-        dtype: WeightDtype = "float32" if settings.dtype == "float32" else "bfloat16"
-        tensors = load_tensors(WeightRequest(files, config, dtype, settings.device, settings.cache_directory), report)
+        format = settings.told_format or "bf16"
+        if format not in DTYPES:
+            raise UnsupportedModelError(f"--weights {format}: a GPU computes with {' and '.join(DTYPES)}")
+        tensors = load_tensors(WeightRequest(files, config, DTYPES[format], settings.device, settings.cache_directory), report)
         return cls(config, tensors, settings)
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+FORMATS = ("fp32", "bf16", "int8", "int4")
 
 app = typer.Typer(
     help=(
@@ -160,6 +162,32 @@ def doctor(
     from tandem.cli.doctor import run_doctor
 
     run_doctor(model or DEFAULT_MODEL, port, verify=(model or "random:tiny") if verify_handoff else None)
+
+
+def _check_weights(text: str) -> str:
+    unknown = [name for item in text.split(",") for name in item.split("/") if name not in FORMATS]
+    if unknown or any(item.count("/") > 1 for item in text.split(",")):
+        raise typer.BadParameter(f"takes {', '.join(FORMATS)}, or two of them for prefill/decode, separated by commas")
+    return text
+
+
+@app.command("eval")
+def evaluate(
+    *,
+    model: Annotated[str, typer.Option("--model", "-m", envvar="TANDEM_MODEL", help="Name, path or hub name.")] = DEFAULT_MODEL,
+    weights: Annotated[
+        str, typer.Option(metavar="FORMATS", callback=_check_weights, help="What to compare: int8,int4, or int8/int4 by role.")
+    ] = "fp32,bf16",
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text. Default: one that this machine has.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Most tokens of it.")] = 4096,
+    window: Annotated[int, typer.Option(min=4, help="Tokens of a context; half of them are prompt.")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with. Default: one per core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what weight formats cost: perplexity and the likeliest tokens, against the model's file in fp32, on the CPU."""
+    from tandem.cli.evaluate import EvalOptions, run_eval
+
+    run_eval(EvalOptions(model, tuple(weights.split(",")), text, tokens, window, threads, as_json))
 
 
 @app.command()

@@ -137,16 +137,16 @@ def test_logits_are_the_callers_to_keep(random_files: Any) -> None:
 @pytest.mark.parametrize("chunk", [1, 45])
 def test_bfloat16_stays_near(random_files: Any, chunk: int) -> None:
     runner, expected = make_runner(random_files(), dtype="bfloat16")
-    assert runner.kv_dtype == runner.weight_format == "bfloat16"
+    assert (runner.kv_dtype, runner.weight_format) == ("bfloat16", "bf16")
     parts = [runner.forward([SequenceSlice(TOKENS[at : at + chunk], at, range(6), "all")]) for at in range(0, len(TOKENS), chunk)]
     close(torch.cat(parts), expected, tolerance=0.03)
 
 
 def test_auto_measures_and_says_so(random_files: Any, tmp_path: Path) -> None:
     runner = ModelRunner.load(random_files(), RunnerSettings("decode", threads=2, cache_directory=tmp_path))
-    assert runner.weight_format in ("float32", "bfloat16")
+    assert runner.weight_format in ("fp32", "bf16")
     assert runner.kv_dtype == "bfloat16"
-    assert "at 1 and 16 rows: float32" in runner.weight_format_reason
+    assert "at 1 and 16 rows: fp32" in runner.weight_format_reason
 
 
 def test_warm_up_reports_its_way(random_files: Any, tmp_path: Path) -> None:
