@@ -16,7 +16,8 @@ from llm.kv.pool import KvPool
 from llm.runner import SequenceSlice
 from llm.sampling import SampledToken
 from tests.simulation import threads
-from tests.simulation.loop import Process, Violation
+from tests.simulation.loop import Violation
+from tests.simulation.process import Process
 
 VOCABULARY_SIZE = 64
 CONTEXT_TOKENS = 96

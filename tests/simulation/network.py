@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.simulation.loop import Process, SimulatedLoop
+from tests.simulation.loop import SimulatedLoop
+from tests.simulation.process import Process
 
 Direction = tuple[str, str]
 """From the process of one name to that of another; a restarted process keeps its name."""

@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from tests.simulation.loop import Process, SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.process import Process
 from tests.simulation.network import Network, Pipe
 
 Code = grpc.StatusCode

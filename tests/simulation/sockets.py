@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.simulation import threads
-from tests.simulation.loop import Process, SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.process import Process
 from tests.simulation.network import Network, Pipe
 
 BUFFER_BYTES = 512

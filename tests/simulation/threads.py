@@ -13,7 +13,8 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from tests.simulation.loop import PROCESS, Process, SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.process import PROCESS, Process
 
 
 def loop() -> SimulatedLoop:

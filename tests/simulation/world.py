@@ -22,7 +22,8 @@ from prefill_svc.worker import PrefillWorker
 from tandem.models import ModelFiles
 from tandem.server import ServerSettings
 from tandem.worker_settings import TransferSettings
-from tests.simulation.loop import Process, SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.process import Process
 from tests.simulation.model import BLOCK_TOKENS, CONTEXT_TOKENS, END_TOKEN, LAYOUT, VOCABULARY_SIZE, DeviceRunner, StampedRunner
 from tests.simulation.network import Network
 from tests.simulation.rpc import Rpc
