@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.simulation.worker import Outcome
+from tests.simulation.worker import READY, Outcome
 
 SEEDS_AT_ONCE = 10
 """Asked of a process at a time: little enough to end soon after the limit, enough not to let it wait."""
@@ -64,6 +64,7 @@ class Campaign:
         self._ends_at = None if plan.limit_s is None else time.monotonic() + plan.limit_s
 
     async def run(self) -> Tally:
+        """Raises RuntimeError if the simulation does not start."""
         await asyncio.gather(*(self._work() for _ in range(self.plan.num_processes)))
         return self.tally
 
@@ -96,6 +97,14 @@ class Campaign:
         return bool(due)
 
     async def _start(self) -> asyncio.subprocess.Process:
+        """Raises RuntimeError if it does not get as far as to take seeds."""
+        process = await self._spawn()
+        assert process.stdout is not None
+        if await process.stdout.readline() != READY.encode():
+            raise RuntimeError("the simulation does not start")
+        return process
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.simulation", "--serve", "--without", self.plan.without),
             stdin=asyncio.subprocess.PIPE,
@@ -161,11 +170,16 @@ class Progress:
 
 
 def run(plan: Plan) -> int:
-    """The exit status: 0 if every seed that was asked for held, 1 if one did not, 3 if time was out before all were run."""
+    """The exit status: 0 if every seed that was asked for held, 1 if one did not, 2 if the simulation does not start, 3 if time
+    was out before all were run."""
     started = time.monotonic()
     progress = Progress(plan.num_seeds, lambda text: print(text, end="", file=sys.stderr, flush=True), terminal=sys.stderr.isatty())
     campaign = Campaign(plan, progress)
-    tally = asyncio.run(campaign.run())
+    try:
+        tally = asyncio.run(campaign.run())
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
     progress.clear()
     print(verdict(plan, tally, time.monotonic() - started))
     if tally.failed:

@@ -36,7 +36,7 @@ class Network:
         self._pipes: dict[Direction, list[Pipe]] = {}
 
     def is_cut(self, source: Process, target: Process) -> bool:
-        return (source.name, target.name) in self._cut
+        return bool(self._cut) and (source.name, target.name) in self._cut
 
     def cut(self, *directions: Direction) -> None:
         """Nothing gets through that way any more; senders do not notice."""
@@ -74,10 +74,10 @@ class Network:
             link.died(process)
 
     def delay(self) -> float:
-        random, latency = self.loop.random, self.latency
-        if random.random() < latency.slow_share:
-            return random.uniform(latency.most_s, latency.slow_s)
-        return random.uniform(latency.least_s, latency.most_s)
+        random, latency = self.loop.random.random, self.latency
+        if random() < latency.slow_share:
+            return latency.most_s + (latency.slow_s - latency.most_s) * random()
+        return latency.least_s + (latency.most_s - latency.least_s) * random()
 
 
 class Pipe:

@@ -104,7 +104,9 @@ class Process:
 class SimulatedTask(asyncio.Task):  # type: ignore[type-arg]
     """A task that knows its process. Numbered, so that sets of tasks have the same order in every run."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], loop: "SimulatedLoop", *, name: Any = None, context: Any = None) -> None:
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, Any], loop: "SimulatedLoop", *, name: Any = None, context: Any = None
+    ) -> None:
         self.number = next(loop.numbers)
         self.process = process = loop.current
         self.context: Context = context or copy_context()

@@ -15,8 +15,8 @@ from tandem.api.v1 import generation_pb2, generation_pb2_grpc
 from tandem.channels import open_channel
 from tests.simulation.expected import Expected, expected
 from tests.simulation.loop import SimulatedLoop, Violation
-from tests.simulation.process import Process
 from tests.simulation.model import LAYOUT
+from tests.simulation.process import Process
 from tests.simulation.scenario import ROOMY_BLOCKS, Disturbance, Fault, Scenario, Wish, scenario
 from tests.simulation.worker import PRODUCT_LOGGERS, Outcome
 from tests.simulation.world import MAX_DEADLINE_S, PORT, Records, World

@@ -13,8 +13,8 @@ from typing import Any
 
 from tests.simulation import threads
 from tests.simulation.loop import SimulatedLoop, Violation
-from tests.simulation.process import Process
 from tests.simulation.network import Network, Pipe
+from tests.simulation.process import Process
 
 BUFFER_BYTES = 512
 FIRST_PORT = 40_000

@@ -92,10 +92,11 @@ def test_a_seed_that_ends_its_process_has_failed_and_the_others_go_on() -> None:
 class Crashing(campaign.Campaign):
     """Its processes do nothing, and do not survive seed 3."""
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _spawn(self) -> asyncio.subprocess.Process:
         program = """
 import sys
-from tests.simulation.worker import Outcome
+from tests.simulation.worker import READY, Outcome
+print(READY, end="", flush=True)
 for line in sys.stdin:
     first, count = map(int, line.split())
     for seed in range(first, first + count):

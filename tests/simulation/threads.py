@@ -172,7 +172,7 @@ class Lock:
         return self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self._held = False
 
 
 class RLock(Lock):

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
 
 
+READY = "ready\n"
+"""What a process says once it takes seeds."""
+
+
 @dataclass
 class Outcome:
     """What became of a seed. `digest` stands for all that happened in it, and when."""
@@ -72,6 +76,7 @@ def serve(without: str) -> None:
     """Runs the ranges of seeds that come in by standard input, a line "first count" each, and prints a line for each seed."""
     logging.disable(logging.WARNING)
     with simulated(without):
+        print(READY, end="", flush=True)
         for outcome in outcomes(_asked_for()):
             print(outcome.to_json(), flush=True)
 

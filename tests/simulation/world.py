@@ -23,9 +23,9 @@ from tandem.models import ModelFiles
 from tandem.server import ServerSettings
 from tandem.worker_settings import TransferSettings
 from tests.simulation.loop import SimulatedLoop, Violation
-from tests.simulation.process import Process
 from tests.simulation.model import BLOCK_TOKENS, CONTEXT_TOKENS, END_TOKEN, LAYOUT, VOCABULARY_SIZE, DeviceRunner, StampedRunner
 from tests.simulation.network import Network
+from tests.simulation.process import Process
 from tests.simulation.rpc import Rpc
 from tests.simulation.scenario import POISON, Scenario
 from tests.simulation.sockets import SocketLayer
