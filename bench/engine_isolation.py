@@ -177,7 +177,7 @@ def _client(port: int, num_streams: int, num_tokens: int, follow: bool) -> None:
             stub = decode_pb2_grpc.DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
             following = None
             if follow:
-                call = stub.Follow(decode_pb2.FollowRequest(follower_id="client"))
+                call = stub.Follow(decode_pb2.FollowRequest(follower_id="client", plain_tokens=True))
                 await call.read()
                 following = asyncio.create_task(_read_all(call))
             await asyncio.gather(*(read(stub, number, "client" if follow else "") for number in range(num_streams)))

@@ -96,7 +96,7 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
         self._step_s = step_s
         self._follow = follow
         self._step = asyncio.Event()
-        self._followers: dict[str, Mailbox[decode_pb2.StreamDelta]] = {}
+        self._followers: dict[str, Mailbox[tuple[int, int, int]]] = {}
 
     async def run(self) -> None:
         while True:
@@ -112,11 +112,10 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
         follower, max_tokens = self._followers.get(request.follower_id), request.stop_rule.max_tokens
         for index in range(len(request.token_ids) - request.num_prompt_tokens + 1, max_tokens):
             await self._step.wait()
-            delta = decode_pb2.TokenDelta(index=index, tokens=TOKENS)
             if follower is None:
-                yield decode_pb2.DecodeResponse(delta=delta)
+                yield decode_pb2.DecodeResponse(delta=decode_pb2.TokenDelta(index=index, tokens=TOKENS))
             else:
-                follower.put(decode_pb2.StreamDelta(stream_number=request.stream_number, delta=delta))
+                follower.put((request.stream_number, index, TOKEN_ID))
         finished = decode_pb2.DecodeFinished(reason=generation_pb2.FINISH_REASON_LENGTH, num_tokens=max_tokens)
         yield decode_pb2.DecodeResponse(finished=finished)
 
@@ -128,7 +127,9 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
         mailbox = self._followers[request.follower_id] = Mailbox()
         yield decode_pb2.FollowResponse()
         while True:
-            yield decode_pb2.FollowResponse(deltas=await mailbox.take())
+            numbers, indexes, token_ids = zip(*await mailbox.take(), strict=True)
+            plain = decode_pb2.PlainTokens(stream_numbers=numbers, indexes=indexes, token_ids=token_ids)
+            yield decode_pb2.FollowResponse(plain_tokens=plain)
 
 
 async def serve(model_digest: str, step_s: float, follow: bool) -> None:

@@ -12,7 +12,7 @@ from llm.kv.allocator import BlockAllocator
 from llm.runner import ModelRunner, SequenceSlice
 from llm.sampling import SampledToken, SampleRow
 from llm.steps import StepResult, steps_of
-from tandem.engine_thread import Courier, EngineThread, Mailbox, Speed
+from tandem.engine_thread import Courier, EngineThread, Outlet, Speed
 from tandem.errors import Reason, TandemError
 from tandem.pacer import Pacer
 
@@ -49,7 +49,7 @@ class DecodeEngine:
     Where the device draws tokens by itself a step is launched before the tokens of the one before it are known. An end that is
     found so late costs a superfluous step of that sequence, whose token is thrown away.
     `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
-    `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive in the job's mailbox.
+    `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive at the job's outlet.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class DecodeEngine:
         late = [self._jobs.pop(sequence) for sequence in self._batcher.expired(self.clock())]
         for job in late:
             self._batcher.close(job.sequence)
-        self._courier.send([(job.mailbox, _LATE) for job in late])
+        self._courier.send([(job.outlet, _LATE) for job in late])
 
     def _schedule(self) -> Work:
         with self._lock:
@@ -186,28 +186,28 @@ class DecodeEngine:
     def _publish(self, work: Work, tokens: Sequence[SampledToken]) -> None:
         """Appends the tokens and sends them off; the oldest work of a step comes first."""
         drawing = [job for run, job in work if run.draws]
-        deliveries: list[tuple[Mailbox[DecodeEvent], DecodeEvent]] = []
+        deliveries: list[tuple[Outlet[DecodeEvent], DecodeEvent]] = []
         with self._lock:
             self._batcher.complete([run for run, _ in work])
             for job, token in zip(drawing, tokens, strict=True):
                 if job.sequence.stage is Stage.ACTIVE:
-                    deliveries.append((job.mailbox, Drawn(job.num_completion_tokens, token)))
+                    deliveries.append((job.outlet, Drawn(job.num_completion_tokens, token)))
                     reason = job.append(token.token_id)
                     deliveries += () if reason is None else self._end(job, reason)
             self._courier.send(deliveries)
 
-    def _end(self, job: DecodeJob, reason: EndReason) -> list[tuple[Mailbox[DecodeEvent], DecodeEvent]]:
+    def _end(self, job: DecodeJob, reason: EndReason) -> list[tuple[Outlet[DecodeEvent], DecodeEvent]]:
         """Lock held. Frees the blocks at once, without waiting for the stream to be read."""
         job.ended_ns = time.monotonic_ns()
         del self._jobs[job.sequence]
         self._batcher.close(job.sequence)
-        return [(job.mailbox, Ended(reason))]
+        return [(job.outlet, Ended(reason))]
 
     def _fail(self, error: Exception) -> None:
         failure = Failed(TandemError(Reason.ENGINE_FAILED, "the decode engine failed; the worker restarts"))
         with self._lock:
             self._failure = failure
-            self._courier.send([(job.mailbox, failure) for job in self._jobs.values()])
+            self._courier.send([(job.outlet, failure) for job in self._jobs.values()])
         self._on_failure(error)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from decode_svc.batcher import SequenceState
 from llm.sampling import SampledToken, SampleRow
 from llm.sampling_params import SamplingParams
-from tandem.engine_thread import Mailbox
+from tandem.engine_thread import Mailbox, Outlet
 from tandem.errors import TandemError
 
 
@@ -60,7 +60,10 @@ DecodeEvent = Drawn | Ended | Failed
 
 @dataclass(eq=False)
 class DecodeJob:
-    """A request in the engine. Times are of the monotonic clock, ns; 0 until they happen."""
+    """A request in the engine, which sends its events to `outlet`: to `mailbox`, unless another was set before the job began.
+
+    Times are of the monotonic clock, ns; 0 until they happen.
+    """
 
     sequence: SequenceState
     num_prompt_tokens: int
@@ -71,6 +74,10 @@ class DecodeJob:
     ready_ns: int = 0
     started_ns: int = 0
     ended_ns: int = 0
+    outlet: Outlet[DecodeEvent] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outlet = self.mailbox
 
     @property
     def num_completion_tokens(self) -> int:

@@ -12,6 +12,7 @@ from opentelemetry import context as otel_context
 
 from decode_svc.batcher import SequenceState
 from decode_svc.engine import DecodeEngine
+from decode_svc.follower import FollowedStream, Follower, News
 from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed, StopRule
 from kvtransfer.puller import KvPuller, PullResult
 from kvtransfer.ticket import KvTicket
@@ -20,7 +21,6 @@ from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
 from tandem.attempts import Attempts
 from tandem.clock import wall_ns
-from tandem.engine_thread import Mailbox
 from tandem.errors import Reason, TandemError, invalid_field
 from tandem.sampled import sampled_to_proto, sampling_values
 from tandem.tracing import record_span
@@ -53,10 +53,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         check_ticket(request, ticket)
         self._puller.check(ticket)
         job = job_from(request, deadline_of(context.time_remaining(), self._engine.clock()))
+        follower = self._followers.get(request.follower_id)
+        if follower is not None:
+            job.outlet = FollowedStream(follower, request.stream_number, job.mailbox)
         with self._attempts.entered(request.request_id, request.attempt):
             block_ids = self._engine.reserve(job)
             try:
-                run = _DecodeRun(request, context, job, self._followers.get(request.follower_id))
+                run = _DecodeRun(request, context, job)
                 result = await self._pull(run, ticket, block_ids)
                 self._engine.activate(job, result.first_token_id)
                 await run.serve(result)
@@ -68,11 +71,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[decode_pb2.FollowResponse]:
         if not request.follower_id or request.follower_id in self._followers:
             raise invalid_field("follower_id", "must be given, and be another for each call")
-        follower = self._followers[request.follower_id] = Follower()
+        follower = self._followers[request.follower_id] = Follower(reads_plain_tokens=request.plain_tokens)
         try:
             yield decode_pb2.FollowResponse()
             while True:
-                yield decode_pb2.FollowResponse(deltas=await follower.deltas.take())
+                yield _news_to_proto(await follower.take())
         finally:
             follower.gone = True
             del self._followers[request.follower_id]
@@ -110,24 +113,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         task.add_done_callback(self._releases.discard)
 
 
-class Follower:
-    """A gateway that follows this worker. `deltas` is what it has not been sent yet; `gone` means that it never will be."""
-
-    def __init__(self) -> None:
-        self.deltas: Mailbox[decode_pb2.StreamDelta] = Mailbox()
-        self.gone = False
-
-
 class _DecodeRun:
     """One request from the moment its blocks are reserved: messages, times and spans."""
 
-    def __init__(
-        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext, job: DecodeJob, follower: Follower | None
-    ) -> None:
+    def __init__(self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext, job: DecodeJob) -> None:
         self._request = request
         self._context = context
         self._job = job
-        self._follower = follower
         self.pull_began_ns = 0
 
     async def write(self, **event: Any) -> None:
@@ -147,10 +139,11 @@ class _DecodeRun:
             pass
 
     async def _forward(self, events: Sequence[DecodeEvent]) -> bool:
-        """Sends what the engine said, neighbouring tokens in one message; True after the last message."""
+        """Sends what the engine said, neighbouring tokens in one message; True after the last message. Followed tokens do not come
+        here."""
         for drawn, group in itertools.groupby(events, lambda event: isinstance(event, Drawn)):
             if drawn:
-                await self._send_tokens([event for event in group if isinstance(event, Drawn)])
+                await self.write(delta=_delta([event for event in group if isinstance(event, Drawn)]))
                 continue
             for event in group:
                 match event:
@@ -160,16 +153,6 @@ class _DecodeRun:
                     case Failed(error):
                         raise error
         return False
-
-    async def _send_tokens(self, drawn: Sequence[Drawn]) -> None:
-        tokens = [sampled_to_proto(event.token) for event in drawn]
-        delta = decode_pb2.TokenDelta(index=drawn[0].index, tokens=tokens)
-        if self._follower is None:
-            await self.write(delta=delta)
-        elif self._follower.gone:
-            raise TandemError(Reason.STREAM_BROKEN, "the Follow call that carried this request's tokens has ended")
-        else:
-            self._follower.deltas.put(decode_pb2.StreamDelta(stream_number=self._request.stream_number, delta=delta))
 
     async def _finish(self, reason: EndReason) -> None:
         job = self._job
@@ -205,6 +188,19 @@ class _DecodeRun:
             "tandem.decode.preemptions": job.sequence.num_preemptions,
         }
         record_span("decode.run", parent, wall_ns(started_ns), wall_ns(job.ended_ns), attributes)
+
+
+def _delta(drawn: Sequence[Drawn]) -> decode_pb2.TokenDelta:
+    return decode_pb2.TokenDelta(index=drawn[0].index, tokens=[sampled_to_proto(event.token) for event in drawn])
+
+
+def _news_to_proto(news: News) -> decode_pb2.FollowResponse:
+    plain = None
+    if news.token_ids:
+        columns = {"stream_numbers": news.stream_numbers, "indexes": news.indexes, "token_ids": news.token_ids}
+        plain = decode_pb2.PlainTokens(**columns)
+    deltas = [decode_pb2.StreamDelta(stream_number=number, delta=_delta([drawn])) for number, drawn in news.rich]
+    return decode_pb2.FollowResponse(deltas=deltas, plain_tokens=plain)
 
 
 async def _forgiving(release: Coroutine[Any, Any, None]) -> None:

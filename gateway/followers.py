@@ -122,6 +122,13 @@ class Follower:
             inflow.fail(error)
 
     def _hand_out(self, response: decode_pb2.FollowResponse) -> None:
+        plain = response.plain_tokens
+        if not len(plain.stream_numbers) == len(plain.indexes) == len(plain.token_ids):
+            raise TandemError(Reason.INTERNAL, "the worker sent columns of different lengths")
+        for number, index, token_id in zip(plain.stream_numbers, plain.indexes, plain.token_ids, strict=True):
+            inflow = self._inflows.get(number)
+            if inflow is not None:
+                inflow.add(index, (Token(token_id),))
         for each in response.deltas:
             inflow = self._inflows.get(each.stream_number)
             if inflow is not None:
@@ -145,7 +152,7 @@ class Followers:
             return
         follower_id = uuid.uuid4().hex
         stub = decode_pb2_grpc.DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
-        call = stub.Follow(decode_pb2.FollowRequest(follower_id=follower_id))
+        call = stub.Follow(decode_pb2.FollowRequest(follower_id=follower_id, plain_tokens=True))
         follower = self._followers[worker.address] = Follower(worker.worker_id, call, follower_id)
         if worker.address in self._tasks:
             self._tasks[worker.address].cancel()

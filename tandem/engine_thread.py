@@ -6,14 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from tandem.progress import Work
 
 logger = logging.getLogger(__name__)
 
 Event = TypeVar("Event")
+Taken_contra = TypeVar("Taken_contra", contravariant=True)
 Result = TypeVar("Result")
+
+
+class Outlet(Protocol[Taken_contra]):
+    """Where events of one kind go, on the event loop."""
+
+    def put(self, event: Taken_contra) -> None: ...
 
 
 class Mailbox(Generic[Event]):
@@ -39,20 +46,20 @@ class Mailbox(Generic[Event]):
 
 
 class Courier:
-    """Carries events from any thread to mailboxes on the event loop, in the order of sending."""
+    """Carries events from any thread to their outlets on the event loop, in the order of sending."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def send(self, deliveries: Sequence[tuple[Mailbox[Event], Event]]) -> None:
+    def send(self, deliveries: Sequence[tuple[Outlet[Event], Event]]) -> None:
         """One wake-up of the loop for all deliveries; after the loop has closed they are dropped, since nobody waits."""
         if deliveries and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, deliveries)
 
 
-def _deliver(deliveries: Sequence[tuple[Mailbox[Event], Event]]) -> None:
-    for mailbox, event in deliveries:
-        mailbox.put(event)
+def _deliver(deliveries: Sequence[tuple[Outlet[Event], Event]]) -> None:
+    for outlet, event in deliveries:
+        outlet.put(event)
 
 
 class EngineThread:

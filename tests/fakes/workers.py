@@ -277,6 +277,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.skipped_index: int | None = None
         self.skips = False
         self.followers: dict[str, asyncio.Queue[decode_pb2.StreamDelta]] = {}
+        self.sends_plain_tokens = True
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
@@ -312,7 +313,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
             while True:
                 delta = await deltas.get()
                 await self.gates.passage("followed")
-                yield decode_pb2.FollowResponse(deltas=[delta])
+                plain = self.sends_plain_tokens and request.plain_tokens
+                yield _as_plain(delta) if plain and _is_plain(delta) else decode_pb2.FollowResponse(deltas=[delta])
                 deltas.task_done()
         finally:
             del self.followers[request.follower_id]
@@ -346,6 +348,21 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         if self.skips or index == self.skipped_index:
             index += 1
         return decode_pb2.DecodeResponse(delta=decode_pb2.TokenDelta(index=index, tokens=tokens))
+
+
+def _is_plain(delta: decode_pb2.StreamDelta) -> bool:
+    return not any(token.HasField("logprob") for token in delta.delta.tokens)
+
+
+def _as_plain(delta: decode_pb2.StreamDelta) -> decode_pb2.FollowResponse:
+    tokens, first = delta.delta.tokens, delta.delta.index
+    return decode_pb2.FollowResponse(
+        plain_tokens=decode_pb2.PlainTokens(
+            stream_numbers=[delta.stream_number] * len(tokens),
+            indexes=range(first, first + len(tokens)),
+            token_ids=[token.token_id for token in tokens],
+        )
+    )
 
 
 def split_prompt(request: prefill_pb2.PrefillRequest | decode_pb2.DecodeRequest) -> tuple[list[int], int]:

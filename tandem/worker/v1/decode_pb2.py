@@ -27,7 +27,7 @@ from tandem.worker.v1 import kv_pb2 as tandem_dot_worker_dot_v1_dot_kv__pb2
 from tandem.worker.v1 import prefill_pb2 as tandem_dot_worker_dot_v1_dot_prefill__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/worker/v1/decode.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/generation.proto\x1a\x19tandem/worker/v1/kv.proto\x1a\x1etandem/worker/v1/prefill.proto\"\xbe\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x06ticket\x18\x03 \x01(\x0b\x32\x1a.tandem.worker.v1.KvTicket\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12-\n\tstop_rule\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.StopRule\x12\x15\n\x08logprobs\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0b\x66ollower_id\x18\t \x01(\t\x12\x15\n\rstream_number\x18\n \x01(\x04\x42\x0b\n\t_logprobs\"$\n\rFollowRequest\x12\x13\n\x0b\x66ollower_id\x18\x01 \x01(\t\"?\n\x0e\x46ollowResponse\x12-\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1d.tandem.worker.v1.StreamDelta\"Q\n\x0bStreamDelta\x12\x15\n\rstream_number\x18\x01 \x01(\x04\x12+\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.tandem.worker.v1.TokenDelta\"\xdd\x01\n\x0e\x44\x65\x63odeResponse\x12.\n\x08reserved\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.ReservedH\x00\x12-\n\x08kv_ready\x18\x02 \x01(\x0b\x32\x19.tandem.worker.v1.KvReadyH\x00\x12-\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1c.tandem.worker.v1.TokenDeltaH\x00\x12\x34\n\x08\x66inished\x18\x04 \x01(\x0b\x32 .tandem.worker.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"w\n\x07KvReady\x12+\n\ttransport\x18\x01 \x01(\x0e\x32\x18.tandem.api.v1.Transport\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07pull_us\x18\x03 \x01(\x03\x12\x18\n\x10refetched_blocks\x18\x04 \x01(\r\"K\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x06tokens\x18\x02 \x03(\x0b\x32\x1e.tandem.worker.v1.SampledToken\"\x8c\x01\n\x0e\x44\x65\x63odeFinished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tandem.api.v1.FinishReason\x12\x10\n\x08queue_us\x18\x02 \x01(\x03\x12\x0e\n\x06run_us\x18\x03 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r2\xad\x01\n\rDecodeService\x12M\n\x06\x44\x65\x63ode\x12\x1f.tandem.worker.v1.DecodeRequest\x1a .tandem.worker.v1.DecodeResponse0\x01\x12M\n\x06\x46ollow\x12\x1f.tandem.worker.v1.FollowRequest\x1a .tandem.worker.v1.FollowResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/worker/v1/decode.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/generation.proto\x1a\x19tandem/worker/v1/kv.proto\x1a\x1etandem/worker/v1/prefill.proto\"\xbe\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x06ticket\x18\x03 \x01(\x0b\x32\x1a.tandem.worker.v1.KvTicket\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12-\n\tstop_rule\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.StopRule\x12\x15\n\x08logprobs\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0b\x66ollower_id\x18\t \x01(\t\x12\x15\n\rstream_number\x18\n \x01(\x04\x42\x0b\n\t_logprobs\":\n\rFollowRequest\x12\x13\n\x0b\x66ollower_id\x18\x01 \x01(\t\x12\x14\n\x0cplain_tokens\x18\x02 \x01(\x08\"t\n\x0e\x46ollowResponse\x12-\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1d.tandem.worker.v1.StreamDelta\x12\x33\n\x0cplain_tokens\x18\x02 \x01(\x0b\x32\x1d.tandem.worker.v1.PlainTokens\"I\n\x0bPlainTokens\x12\x16\n\x0estream_numbers\x18\x01 \x03(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"Q\n\x0bStreamDelta\x12\x15\n\rstream_number\x18\x01 \x01(\x04\x12+\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.tandem.worker.v1.TokenDelta\"\xdd\x01\n\x0e\x44\x65\x63odeResponse\x12.\n\x08reserved\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.ReservedH\x00\x12-\n\x08kv_ready\x18\x02 \x01(\x0b\x32\x19.tandem.worker.v1.KvReadyH\x00\x12-\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1c.tandem.worker.v1.TokenDeltaH\x00\x12\x34\n\x08\x66inished\x18\x04 \x01(\x0b\x32 .tandem.worker.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"w\n\x07KvReady\x12+\n\ttransport\x18\x01 \x01(\x0e\x32\x18.tandem.api.v1.Transport\x12\x14\n\x0cpulled_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07pull_us\x18\x03 \x01(\x03\x12\x18\n\x10refetched_blocks\x18\x04 \x01(\r\"K\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x06tokens\x18\x02 \x03(\x0b\x32\x1e.tandem.worker.v1.SampledToken\"\x8c\x01\n\x0e\x44\x65\x63odeFinished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tandem.api.v1.FinishReason\x12\x10\n\x08queue_us\x18\x02 \x01(\x03\x12\x0e\n\x06run_us\x18\x03 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r2\xad\x01\n\rDecodeService\x12M\n\x06\x44\x65\x63ode\x12\x1f.tandem.worker.v1.DecodeRequest\x1a .tandem.worker.v1.DecodeResponse0\x01\x12M\n\x06\x46ollow\x12\x1f.tandem.worker.v1.FollowRequest\x1a .tandem.worker.v1.FollowResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=143
   _globals['_DECODEREQUEST']._serialized_end=461
   _globals['_FOLLOWREQUEST']._serialized_start=463
-  _globals['_FOLLOWREQUEST']._serialized_end=499
-  _globals['_FOLLOWRESPONSE']._serialized_start=501
-  _globals['_FOLLOWRESPONSE']._serialized_end=564
-  _globals['_STREAMDELTA']._serialized_start=566
-  _globals['_STREAMDELTA']._serialized_end=647
-  _globals['_DECODERESPONSE']._serialized_start=650
-  _globals['_DECODERESPONSE']._serialized_end=871
-  _globals['_RESERVED']._serialized_start=873
-  _globals['_RESERVED']._serialized_end=883
-  _globals['_KVREADY']._serialized_start=885
-  _globals['_KVREADY']._serialized_end=1004
-  _globals['_TOKENDELTA']._serialized_start=1006
-  _globals['_TOKENDELTA']._serialized_end=1081
-  _globals['_DECODEFINISHED']._serialized_start=1084
-  _globals['_DECODEFINISHED']._serialized_end=1224
-  _globals['_DECODESERVICE']._serialized_start=1227
-  _globals['_DECODESERVICE']._serialized_end=1400
+  _globals['_FOLLOWREQUEST']._serialized_end=521
+  _globals['_FOLLOWRESPONSE']._serialized_start=523
+  _globals['_FOLLOWRESPONSE']._serialized_end=639
+  _globals['_PLAINTOKENS']._serialized_start=641
+  _globals['_PLAINTOKENS']._serialized_end=714
+  _globals['_STREAMDELTA']._serialized_start=716
+  _globals['_STREAMDELTA']._serialized_end=797
+  _globals['_DECODERESPONSE']._serialized_start=800
+  _globals['_DECODERESPONSE']._serialized_end=1021
+  _globals['_RESERVED']._serialized_start=1023
+  _globals['_RESERVED']._serialized_end=1033
+  _globals['_KVREADY']._serialized_start=1035
+  _globals['_KVREADY']._serialized_end=1154
+  _globals['_TOKENDELTA']._serialized_start=1156
+  _globals['_TOKENDELTA']._serialized_end=1231
+  _globals['_DECODEFINISHED']._serialized_start=1234
+  _globals['_DECODEFINISHED']._serialized_end=1374
+  _globals['_DECODESERVICE']._serialized_start=1377
+  _globals['_DECODESERVICE']._serialized_end=1550
 # @@protoc_insertion_point(module_scope)

@@ -34,16 +34,30 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[_kv_pb2.KvTicket, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop_rule: _Optional[_Union[_prefill_pb2.StopRule, _Mapping]] = ..., logprobs: _Optional[int] = ..., follower_id: _Optional[str] = ..., stream_number: _Optional[int] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
-    __slots__ = ("follower_id",)
+    __slots__ = ("follower_id", "plain_tokens")
     FOLLOWER_ID_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     follower_id: str
-    def __init__(self, follower_id: _Optional[str] = ...) -> None: ...
+    plain_tokens: bool
+    def __init__(self, follower_id: _Optional[str] = ..., plain_tokens: _Optional[bool] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
-    __slots__ = ("deltas",)
+    __slots__ = ("deltas", "plain_tokens")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedCompositeFieldContainer[StreamDelta]
-    def __init__(self, deltas: _Optional[_Iterable[_Union[StreamDelta, _Mapping]]] = ...) -> None: ...
+    plain_tokens: PlainTokens
+    def __init__(self, deltas: _Optional[_Iterable[_Union[StreamDelta, _Mapping]]] = ..., plain_tokens: _Optional[_Union[PlainTokens, _Mapping]] = ...) -> None: ...
+
+class PlainTokens(_message.Message):
+    __slots__ = ("stream_numbers", "indexes", "token_ids")
+    STREAM_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    INDEXES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    stream_numbers: _containers.RepeatedScalarFieldContainer[int]
+    indexes: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stream_numbers: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StreamDelta(_message.Message):
     __slots__ = ("stream_number", "delta")

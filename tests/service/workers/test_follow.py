@@ -20,16 +20,23 @@ class Followed:
     def __init__(self, call: grpc.aio.UnaryStreamCall) -> None:
         self.call = call
         self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.num_messages = 0
+        self.num_messages = self.num_deltas = 0
         self._more = asyncio.Event()
 
     async def read(self) -> None:
         while (response := await self.call.read()) is not grpc.aio.EOF:
             self.num_messages += 1
             for each in response.deltas:
-                assert each.delta.index == len(self.tokens[each.stream_number]) + 1
-                self.tokens[each.stream_number] += [token.token_id for token in each.delta.tokens]
+                self.num_deltas += 1
+                self._add(each.stream_number, each.delta.index, [token.token_id for token in each.delta.tokens])
+            plain = response.plain_tokens
+            for number, index, token_id in zip(plain.stream_numbers, plain.indexes, plain.token_ids, strict=True):
+                self._add(number, index, [token_id])
             self._more.set()
+
+    def _add(self, stream_number: int, index: int, tokens: list[int]) -> None:
+        assert index == len(self.tokens[stream_number]) + 1
+        self.tokens[stream_number] += tokens
 
     async def until(self, stream_number: int, num_tokens: int) -> None:
         async with asyncio.timeout(5):
@@ -39,8 +46,9 @@ class Followed:
 
 
 @asynccontextmanager
-async def followed(at: Node, follower_id: str = "me") -> AsyncIterator[Followed]:
-    call = decode_pb2_grpc.DecodeServiceStub(at.channel).Follow(decode_pb2.FollowRequest(follower_id=follower_id))
+async def followed(at: Node, follower_id: str = "me", plain_tokens: bool = True) -> AsyncIterator[Followed]:
+    request = decode_pb2.FollowRequest(follower_id=follower_id, plain_tokens=plain_tokens)
+    call = decode_pb2_grpc.DecodeServiceStub(at.channel).Follow(request)
     following = Followed(call)
     assert not (await call.read()).deltas
     reading = asyncio.create_task(following.read())
@@ -51,9 +59,13 @@ async def followed(at: Node, follower_id: str = "me") -> AsyncIterator[Followed]
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def decode(nodes: Pair, prompt: Sequence[int], number: int, follower_id: str = "me") -> list[decode_pb2.DecodeResponse]:
+async def decode(
+    nodes: Pair, prompt: Sequence[int], number: int, follower_id: str = "me", logprobs: int | None = None
+) -> list[decode_pb2.DecodeResponse]:
     """The events of a Decode call whose deltas are to come elsewhere."""
     request = prefill_request(prompt)
+    if logprobs is not None:
+        request.logprobs = logprobs
     prefill = open_prefill(nodes.prefill, request)
     asked = decode_request((await prefill.read()).admitted, request)
     asked.follower_id, asked.stream_number = follower_id, number
@@ -63,9 +75,10 @@ async def decode(nodes: Pair, prompt: Sequence[int], number: int, follower_id: s
     return [event async for event in call]
 
 
-async def test_deltas_of_all_requests_come_in_the_follow_call() -> None:
+@pytest.mark.parametrize("plain_tokens", [True, False])
+async def test_tokens_of_all_requests_come_in_the_follow_call(plain_tokens: bool) -> None:
     prompts = [[(index * 31 + position) % 251 for position in range(1 + 5 * index)] for index in range(6)]
-    async with pair("shm", num_blocks=160) as nodes, followed(nodes.decode) as following:
+    async with pair("shm", num_blocks=160) as nodes, followed(nodes.decode, plain_tokens=plain_tokens) as following:
         answers = await asyncio.gather(*(decode(nodes, prompt, number) for number, prompt in enumerate(prompts)))
         for number, (prompt, events) in enumerate(zip(prompts, answers, strict=True)):
             assert [event.WhichOneof("event") for event in events] == ["reserved", "kv_ready", "finished"]
@@ -73,6 +86,16 @@ async def test_deltas_of_all_requests_come_in_the_follow_call() -> None:
             await following.until(number, 7)
             assert following.tokens[number] == completion(prompt, 8)[1:]
         await nodes.decode.wait_idle()
+    assert bool(following.num_deltas) != plain_tokens
+
+
+async def test_tokens_with_log_probabilities_come_as_deltas() -> None:
+    async with pair("shm") as nodes, followed(nodes.decode) as following:
+        await asyncio.gather(decode(nodes, [1, 2, 3], 0, logprobs=1), decode(nodes, [4, 5, 6], 1))
+        await following.until(0, 7)
+        await following.until(1, 7)
+    assert following.num_deltas == 7
+    assert following.tokens[0] == completion([1, 2, 3], 8)[1:]
 
 
 async def test_tokens_of_one_step_come_in_one_message() -> None:
