@@ -2,23 +2,29 @@
 
 - A worker that refuses, or never took the request, costs nothing: the next one is asked. A request that has delivered nothing gets
   the refusal itself once nobody is left.
-- A hop that breaks while it holds the request is tried once more, on other workers if there are any. Each time the hop is passed it
-  earns that one retry anew, so that a long completion survives many honest losses.
+- A worker that is lost while it holds the request is left for another, and so is a pair whose hand-off breaks: each pair is a hop
+  of its own, tried once more. Six such moves without a token of a decode worker in between are the end.
+- A hop whose engine fails, or whose worker does not keep the contract, is tried once more. Each time the hop is passed it earns
+  that one retry anew, so that a long completion survives many honest failures.
 - Two workers that die in a row under the same hop of one request are its doing: it fails alone, and is not taken again for a while.
+  Only what is proved counts as a death (gateway/losses.py): a worker that is silent, stalled or cut off has not died.
 """
 
-from collections import defaultdict
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from gateway.routing import Worker
 from tandem.errors import Reason, TandemError
 
-# Workers in a row that may die, or hand-offs that may break, before it is taken to be the request's own fault.
-MAX_BREAKS_IN_A_ROW = 2
+# Workers that may die or fail in a row at one hop before it is taken to be the request's own fault, and so often may the hand-off
+# of one pair break.
+MAX_FAILURES_IN_A_ROW = 2
 # However much is delivered in between.
-MAX_BREAKS = 6
+MAX_FAILURES = 6
+# Breaks of any kind until a decode worker gives a token.
+MAX_MOVES = 6
 
 
 class Hop(Enum):
@@ -33,12 +39,12 @@ class Hop(Enum):
 REFUSALS = frozenset({Reason.QUEUE_FULL, Reason.KV_BLOCKS_EXHAUSTED, Reason.POOL_TOO_SMALL, Reason.DRAINING, Reason.LOADING})
 # The blocks did not come across, whoever's fault that is.
 HANDOFF_BREAKS = frozenset({Reason.TICKET_NOT_FOUND, Reason.KV_CHECKSUM_MISMATCH, Reason.TRANSFER_INTERRUPTED})
-# The worker's process, or its engine, is gone.
-DEATHS = frozenset({Reason.WORKER_LOST, Reason.ENGINE_FAILED, Reason.CANCELLED, Reason.STREAM_BROKEN})
+# Nothing more is heard of the worker, or of this call; its process may have ended.
+DISAPPEARANCES = frozenset({Reason.WORKER_LOST, Reason.CANCELLED, Reason.STREAM_BROKEN})
 # The worker does not keep the contract.
 _NONSENSE = frozenset({Reason.INTERNAL, Reason.UNKNOWN_SERVICE, Reason.UNIMPLEMENTED})
 
-LOSSES = DEATHS | HANDOFF_BREAKS | {Reason.UNKNOWN_SERVICE, Reason.UNIMPLEMENTED}
+LOSSES = DISAPPEARANCES | HANDOFF_BREAKS | {Reason.ENGINE_FAILED, Reason.UNKNOWN_SERVICE, Reason.UNIMPLEMENTED}
 """What a user hears of as a lost worker."""
 
 
@@ -56,12 +62,32 @@ class HopFailed(Exception):
         return self.error.reason in REFUSALS
 
     @property
-    def broken(self) -> bool:
-        return self.error.reason in DEATHS | HANDOFF_BREAKS | _NONSENSE
+    def disappeared(self) -> bool:
+        return self.error.reason in DISAPPEARANCES
 
     @property
-    def death(self) -> bool:
-        return self.error.reason in DEATHS
+    def broken(self) -> bool:
+        return self.disappeared or self.error.reason in HANDOFF_BREAKS | _NONSENSE | {Reason.ENGINE_FAILED}
+
+
+@dataclass
+class Loss:
+    """Whether a worker that disappeared has died: None as long as that is open."""
+
+    ended: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Break:
+    """Of a hop that held the request. `failed`: the worker told so itself; otherwise `loss` tells what became of it."""
+
+    worker_ids: tuple[str, ...]
+    failed: bool
+    loss: Loss
+
+    @property
+    def counts(self) -> bool:
+        return self.failed or self.loss.ended is True
 
 
 @dataclass
@@ -76,54 +102,77 @@ class Recovery:
     """The prefill worker that has the prompt in its cache."""
     waited_s: float = 0.0
     """For a worker, since the last token of a decode worker."""
-    num_breaks: int = 0
-    dead: set[str] = field(default_factory=set)
     last: HopFailed | None = None
-    _in_a_row: dict[Hop, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _num_moves: int = 0
+    _breaks: list[_Break] = field(default_factory=list)
+    """While the request was held, over all of its life."""
+    _in_a_row: dict[Hop, list[_Break]] = field(default_factory=lambda: defaultdict(list))
 
-    def failed(self, failure: HopFailed, passed: Collection[Hop]) -> None:
-        """Takes note of an attempt's failure, and of the hops that it had passed. Raises the TandemError that ends the request."""
+    def passed(self, hops: Collection[Hop]) -> None:
+        """An attempt has got past these hops, whatever became of it then."""
+        for hop in hops:
+            self._in_a_row[hop].clear()
+        if Hop.DECODE in hops:
+            self.waited_s, self._num_moves = 0.0, 0
+
+    def failed(self, failure: HopFailed, loss: Loss) -> None:
+        """Takes note of an attempt's failure. Raises the TandemError that ends the request."""
         self.last = failure
-        self._passed(passed)
         ids = {worker.worker_id for worker in failure.workers}
         self.avoided |= ids
         if failure.refused:
             self.tried |= ids
         elif failure.broken:
-            self._broke(failure)
+            self._broke(failure, loss)
         else:
             raise failure.error
 
-    def _passed(self, hops: Collection[Hop]) -> None:
-        for hop in hops:
-            self._in_a_row[hop].clear()
-        if Hop.DECODE in hops:
-            self.waited_s = 0.0
-
-    def suspected(self, hop: Hop) -> bool:
-        """Whether a worker has died under this hop, which the request has not passed since."""
-        return bool(self._in_a_row[hop])
+    def suspects(self, hop: Hop) -> list[Loss]:
+        """Workers that have died under this hop, or may have, and that the request has not passed since."""
+        return [each.loss for each in self._in_a_row[hop] if each.failed or each.loss.ended is not False]
 
     def new_round(self) -> None:
         """Some time has passed: those that could not take the request may be asked again."""
         self.tried.clear()
 
-    def _broke(self, failure: HopFailed) -> None:
-        culprit = failure.workers[0].worker_id
-        self.num_breaks += 1
-        if failure.death:
-            self.dead.add(culprit)
+    def _broke(self, failure: HopFailed, loss: Loss) -> None:
+        self._num_moves += 1
         if failure.hop is not Hop.HANDOFF:
-            self.tried.add(culprit)
+            self.tried.add(failure.workers[0].worker_id)
+        if failure.held:
+            self._note(failure, loss)
         in_a_row = self._in_a_row[failure.hop]
-        cut_off = failure.error.reason is Reason.WORKER_LOST and culprit in in_a_row  # it cannot have died twice
-        if failure.held and not cut_off:
-            in_a_row.append(culprit)
-        if len(in_a_row) < MAX_BREAKS_IN_A_ROW and self.num_breaks < MAX_BREAKS:
-            return
-        raise self._blame(failure) if failure.death and len(self.dead) >= MAX_BREAKS_IN_A_ROW else failure.error
+        if len(dead := _dead(in_a_row)) >= MAX_FAILURES_IN_A_ROW or len(dead := _dead(self._breaks)) >= MAX_FAILURES:
+            raise _blame(dead, failure)
+        if self._used_up(failure.hop):
+            raise failure.error
 
-    def _blame(self, failure: HopFailed) -> TandemError:
-        message = f"{len(self.dead)} workers were lost while they ran this request; it is not taken again for a while"
-        metadata = {"worker_deaths": str(len(self.dead)), "cause": failure.error.reason.value}
-        return TandemError(Reason.REQUEST_QUARANTINED, message, metadata=metadata)
+    def _note(self, failure: HopFailed, loss: Loss) -> None:
+        handoff = failure.hop is Hop.HANDOFF
+        involved = failure.workers if handoff else failure.workers[:1]
+        if not failure.disappeared:
+            loss = Loss(ended=failure.error.reason is Reason.ENGINE_FAILED)
+        broken = _Break(tuple(worker.worker_id for worker in involved), not (handoff or failure.disappeared), loss)
+        self._breaks.append(broken)
+        self._in_a_row[failure.hop].append(broken)
+
+    def _used_up(self, hop: Hop) -> bool:
+        in_a_row = self._in_a_row[hop]
+        failures = sum(each.counts for each in in_a_row)
+        most_of_a_pair = max(Counter(each.worker_ids for each in self._in_a_row[Hop.HANDOFF]).values(), default=0)
+        return (
+            max(failures, most_of_a_pair) >= MAX_FAILURES_IN_A_ROW
+            or sum(each.counts for each in self._breaks) >= MAX_FAILURES
+            or self._num_moves >= MAX_MOVES
+        )
+
+
+def _dead(breaks: Iterable[_Break]) -> set[str]:
+    """Workers whose process or engine has ended. A worker that is cut off twice has not died twice."""
+    return {each.worker_ids[0] for each in breaks if each.loss.ended}
+
+
+def _blame(dead: Collection[str], failure: HopFailed) -> TandemError:
+    message = f"{len(dead)} workers died while they ran this request; it is not taken again for a while"
+    metadata = {"worker_deaths": str(len(dead)), "cause": failure.error.reason.value}
+    return TandemError(Reason.REQUEST_QUARANTINED, message, metadata=metadata)

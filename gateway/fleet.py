@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from gateway.ejection import Ejector
-from gateway.failover import HopFailed, Recovery
+from gateway.failover import HopFailed, Loss, Recovery
 from gateway.followers import Followers, Inflow, Route
 from gateway.job import GenerationJob
 from gateway.routing import Placement, PlacementLedger, Role, Wishes, Worker, choose, choose_decode, usable
@@ -76,12 +76,17 @@ class Fleet:
     def follows(self, worker: Worker) -> bool:
         return self._followers.live(worker)
 
-    def failed(self, failure: HopFailed) -> None:
-        """A worker that broke a request is not used before it has spoken again."""
+    def failed(self, failure: HopFailed) -> Loss:
+        """A worker that broke a request is not used before it has spoken again. Returns what is known of its end."""
+        culprit = failure.workers[0]
         if failure.broken:
-            culprit = failure.workers[0]
             self._directory.doubt(culprit)
             self._ejector.failed(culprit.address)
+        return self._directory.losses.of(culprit.worker_id) if failure.disappeared else Loss(ended=False)
+
+    async def settled(self, *losses: Loss) -> None:
+        """Waits until it is known of each whether the worker has died; not for ever."""
+        await self._directory.losses.settled(*losses)
 
     def release_soon(self, worker: Worker, ticket: kv_pb2.KvTicket) -> None:
         """Gives up a ticket that nobody will pull, so that its blocks need not wait for the lease to end."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gateway.attempt import Attempt, Underway
 from gateway.completion import Completion
-from gateway.failover import LOSSES, Hop, HopFailed, Recovery
+from gateway.failover import LOSSES, Hop, HopFailed, Loss, Recovery
 from gateway.fleet import Fleet
 from gateway.isolation import Isolation, Turn
 from gateway.job import Ending, GenerationJob
@@ -91,8 +91,8 @@ class Relay:
                 try:
                     return await attempt.run()
                 except HopFailed as failure:
-                    self._note(failure, underway, number)
-                    recovery.failed(failure, attempt.passed)
+                    recovery.passed(attempt.passed)
+                    recovery.failed(failure, await self._note(failure, underway, number, recovery))
                     if Hop.PREFILL in attempt.passed:
                         recovery.prefill_address = placement.prefill.address
         raise AssertionError("unreachable")
@@ -124,10 +124,10 @@ class Relay:
         recovery.new_round()
 
     async def _turn(self, recovery: Recovery, hop: Hop, worker: Worker) -> Turn:
-        return await self._isolation.turn(worker.address) if recovery.suspected(hop) else Turn()
+        return await self._isolation.turn(worker.address) if recovery.suspects(hop) else Turn()
 
-    def _note(self, failure: HopFailed, underway: Underway, number: int) -> None:
-        self._fleet.failed(failure)
+    async def _note(self, failure: HopFailed, underway: Underway, number: int, recovery: Recovery) -> Loss:
+        """What became of the worker. With another one suspected to have died under the request, that must be known first."""
         logger.info(
             "request %s: attempt %d failed at %s on %s: %s",
             underway.job.request_id,
@@ -136,6 +136,10 @@ class Relay:
             failure.workers[0].address,
             failure.error.message,
         )
+        loss = self._fleet.failed(failure)
+        if suspects := recovery.suspects(failure.hop):
+            await self._fleet.settled(*suspects, *([loss] if failure.disappeared else []))
+        return loss
 
     def _count(self, underway: Underway, number: int) -> None:
         if number > 1:

@@ -4,8 +4,11 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 DNS_PREFIX = "dns:///"
+# A host that is there answers at once.
+CONNECT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,24 @@ async def look_up(target: Target) -> Sequence[str]:
     except (OSError, UnicodeError):  # the latter for what cannot be a host's name
         return ()
     return sorted({join_address(str(address[0]), int(address[1])) for *_, address in found})
+
+
+async def refuses(address: str) -> bool:
+    """Whether the host says that nobody listens there. What cannot be reached refuses nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            return bool(found) and all([await _refused(family, place) for family, *_, place in found])
+    except (OSError, UnicodeError, TimeoutError):
+        return False
+
+
+async def _refused(family: int, place: Any) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as connecting:
+        connecting.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(connecting, place)
+        except ConnectionRefusedError:
+            return True
+        return False

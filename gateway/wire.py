@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from gateway.job import Ending, FinishReason, GenerationJob, Output, Sampling, Stopping, Token
+from gateway.routing import Condition, Layout, RequestCounts, Role, Worker
 from gateway.tokenizer import Tokenizer
-from tandem.api.v1 import generation_pb2
-from tandem.worker.v1 import decode_pb2, kv_pb2, prefill_pb2
+from tandem.api.v1 import generation_pb2, operations_pb2
+from tandem.worker.v1 import decode_pb2, kv_pb2, prefill_pb2, status_pb2
 
 _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -139,4 +140,48 @@ def _finished(ending: Ending, num_prompt_tokens: int) -> generation_pb2.Finished
             handoff_bytes=ending.handoff.num_bytes,
             transport=generation_pb2.Transport.ValueType(ending.handoff.transport),
         ),
+    )
+
+
+_ROLE_NUMBERS = {Role.PREFILL: 1, Role.DECODE: 2}
+
+
+def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
+    """What a worker says of itself. One of another role than its target's is never ready."""
+    return Worker(
+        address=known.address,
+        role=known.role,
+        worker_id=response.worker_id,
+        ready=response.ready and response.role == _ROLE_NUMBERS[known.role],
+        model_digest=response.model_digest,
+        tokenizer_digest=response.tokenizer_digest,
+        layout=_layout(response.layout),
+        device=response.device,
+        weight_format=response.weight_format,
+        transports=tuple(response.transports),
+        total_blocks=response.total_blocks,
+        free_blocks=response.free_blocks,
+        queued_requests=response.queued_requests,
+        queued_tokens=response.queued_tokens,
+        running_requests=response.running_requests,
+        max_requests=response.max_requests,
+        tokens_per_second=response.tokens_per_second,
+        condition=Condition(response.condition),
+        requests=_counts(response.requests),
+    )
+
+
+def _counts(message: operations_pb2.RequestCounts) -> RequestCounts:
+    return RequestCounts(message.received, message.ok, message.cancelled, message.rejected, message.failed)
+
+
+def _layout(message: kv_pb2.KvLayout) -> Layout:
+    return Layout(
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        block_tokens=message.block_tokens,
+        dtype=message.dtype,
+        tensor_parallel_size=message.tensor_parallel_size,
+        tensor_parallel_rank=message.tensor_parallel_rank,
     )

@@ -11,12 +11,14 @@ from typing import Any
 import grpc
 
 from gateway.calls import cancel_and_wait, end, read
-from gateway.routing import Condition, Layout, RequestCounts, Role, Worker
-from gateway.targets import Target, look_up
+from gateway.losses import SUDDEN_S, Losses
+from gateway.routing import Condition, Role, Worker
+from gateway.targets import Target, look_up, refuses
+from gateway.wire import worker_from
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.errors import Reason, TandemError
-from tandem.worker.v1 import kv_pb2, status_pb2, status_pb2_grpc
+from tandem.worker.v1 import status_pb2, status_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ class _Watched:
     channel: grpc.aio.Channel
     task: "asyncio.Task[None] | None" = None
     sequence_number: int = 0
+    heard_at: float = 0.0
+    lost_id: str = ""
+    """The worker that was lost here last."""
     named_by: set[Target] = field(default_factory=set)
     holders: list[Callable[[], object]] = field(default_factory=list)
     handoff: operations_pb2.HandoffCounts | None = None
@@ -68,6 +73,7 @@ class WorkerDirectory:
         times: WatchTimes = WatchTimes(),
         open_channel: Callable[[str], grpc.aio.Channel] | None = None,
         resolve: Callable[[Target], Awaitable[Sequence[str]]] = look_up,
+        refuses: Callable[[str], Awaitable[bool]] = refuses,
     ) -> None:
         self._targets = targets
         self._changed = changed
@@ -75,6 +81,8 @@ class WorkerDirectory:
         self._times = times
         self._open_channel = open_channel or (lambda address: open_internal_channel(address, max_receive_bytes=MAX_RECEIVE_BYTES))
         self._resolve = resolve
+        self._refuses = refuses
+        self.losses = Losses()
         self._watched: dict[str, _Watched] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -159,13 +167,15 @@ class WorkerDirectory:
         while True:
             if await self._listen(watched):
                 pause_s = self._times.first_pause_s
+            if self.losses.open(watched.lost_id) and await self._refuses(watched.worker.address):
+                self.losses.ended(watched.lost_id)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, self._times.longest_pause_s)
 
     async def _listen(self, watched: _Watched) -> bool:
         """Follows a worker until it is lost; says whether anything was heard."""
         call = status_pb2_grpc.WorkerStatusServiceStub(watched.channel).Watch(status_pb2.WatchRequest())  # type: ignore[no-untyped-call]
-        heard = False
+        heard = silent = False
         watched.sequence_number = 0
         try:
             while (response := await self._next(call)) is not None:
@@ -173,12 +183,12 @@ class WorkerDirectory:
                 self._take(watched, response)
             reason = "it ended the stream"
         except TimeoutError:
-            reason = f"silent for {self._times.silence_s} s"
+            reason, silent = f"silent for {self._times.silence_s} s", True
         except TandemError as error:
             reason = error.message
         finally:
             await end(call)
-        self._lose(watched, reason)
+        self._lose(watched, reason, suddenly=not silent)
         return heard
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> status_pb2.WatchResponse | None:
@@ -205,6 +215,10 @@ class WorkerDirectory:
             logger.info("%s worker at %s is here", watched.worker.role.value, watched.worker.address)
         if watched.worker.worker_id not in ("", response.worker_id):
             self._lose(watched, "another worker has taken its place")
+        if watched.lost_id != response.worker_id:
+            self.losses.ended(watched.lost_id)
+        self.losses.heard(response.worker_id)
+        watched.heard_at = asyncio.get_running_loop().time()
         watched.sequence_number = response.sequence_number
         watched.handoff = response.handoff
         watched.worker = worker_from(watched.worker, response)
@@ -216,11 +230,15 @@ class WorkerDirectory:
         """Whether others can do its work: what a stalled worker holds may still end well, but not soon."""
         return any(other.ready and other.role is worker.role for other in self.workers)
 
-    def _lose(self, watched: _Watched, reason: str) -> None:
+    def _lose(self, watched: _Watched, reason: str, *, suddenly: bool = True) -> None:
         worker = watched.worker
         watched.worker = replace(worker, worker_id="", ready=False)
         if worker.worker_id:
             logger.warning("%s worker at %s is lost: %s", worker.role.value, worker.address, reason)
+            since_s = asyncio.get_running_loop().time() - watched.heard_at
+            serving = worker.condition not in (Condition.STALLED, Condition.DRAINING)
+            watched.lost_id = worker.worker_id
+            self.losses.lost(worker.worker_id, suddenly=suddenly and serving and since_s < SUDDEN_S)
             self._lost(worker)
         _let_go(watched)
         self._changed(worker.address)
@@ -231,47 +249,3 @@ def _let_go(watched: _Watched) -> None:
     holders, watched.holders = watched.holders, []
     for on_loss in holders:
         on_loss()
-
-
-_ROLE_NUMBERS = {Role.PREFILL: 1, Role.DECODE: 2}
-
-
-def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
-    """What a worker says of itself. One of another role than its target's is never ready."""
-    return Worker(
-        address=known.address,
-        role=known.role,
-        worker_id=response.worker_id,
-        ready=response.ready and response.role == _ROLE_NUMBERS[known.role],
-        model_digest=response.model_digest,
-        tokenizer_digest=response.tokenizer_digest,
-        layout=_layout(response.layout),
-        device=response.device,
-        weight_format=response.weight_format,
-        transports=tuple(response.transports),
-        total_blocks=response.total_blocks,
-        free_blocks=response.free_blocks,
-        queued_requests=response.queued_requests,
-        queued_tokens=response.queued_tokens,
-        running_requests=response.running_requests,
-        max_requests=response.max_requests,
-        tokens_per_second=response.tokens_per_second,
-        condition=Condition(response.condition),
-        requests=_counts(response.requests),
-    )
-
-
-def _counts(message: operations_pb2.RequestCounts) -> RequestCounts:
-    return RequestCounts(message.received, message.ok, message.cancelled, message.rejected, message.failed)
-
-
-def _layout(message: kv_pb2.KvLayout) -> Layout:
-    return Layout(
-        num_layers=message.num_layers,
-        num_kv_heads=message.num_kv_heads,
-        head_dim=message.head_dim,
-        block_tokens=message.block_tokens,
-        dtype=message.dtype,
-        tensor_parallel_size=message.tensor_parallel_size,
-        tensor_parallel_rank=message.tensor_parallel_rank,
-    )

@@ -36,6 +36,7 @@ POLICY = (
     "gateway.quarantine",
     "gateway.ejection",
     "gateway.isolation",
+    "gateway.losses",
     "llm.kv.layout",
     "llm.kv.allocator",
     "llm.sampling_params",

@@ -349,8 +349,8 @@ def allowed(record: Record, scenario: Scenario, world: World) -> set[grpc.Status
         codes.add(code.DEADLINE_EXCEEDED)
     if scenario.disturbances or world.poison_deaths:
         codes |= {code.UNAVAILABLE, code.ABORTED}
-    if sum(world.deaths[name] for name in scenario.workers) > 1 or len(scenario.disturbances) > 1:
-        codes.add(code.INTERNAL)  # quarantined: it was there when two workers were lost in a row
+    if sum(world.deaths[name] for name in scenario.workers) > 1:
+        codes.add(code.INTERNAL)  # quarantined: it was there when two workers died in a row
     if wish.poisonous:
         codes |= {code.INTERNAL, code.ABORTED, code.UNAVAILABLE}
     if fits_nowhere(wish, scenario):

@@ -113,10 +113,13 @@ class Socket:
             tell(error)
             self._changed()
 
-        if not isinstance(listener, Socket):
+        if listener is None:
             self._layer.loop.call_later(network.delay(), finish, ConnectionRefusedError(111, "Connection refused"))
             return
         if not network.reachable_both_ways(self.process, listener.process):
+            return
+        if not isinstance(listener, Socket):  # a server of rpc.py, to which no bytes can be sent
+            self._layer.loop.call_later(network.delay(), finish, None)
             return
         there = listener._accept_from(self, address[1])
         self._layer.loop.call_later(network.delay(), finish, None if there else ConnectionRefusedError(111, "refused"))

@@ -1,14 +1,18 @@
 """The live view of workers: names that are looked up again, workers that restart, lie, or fall silent."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 import pytest
 
+from gateway.failover import Loss
 from gateway.routing import Role, Worker
-from gateway.targets import Target, look_up
-from gateway.workers import WatchTimes, WorkerDirectory, worker_from
+from gateway.targets import Target, look_up, refuses
+from gateway.wire import worker_from
+from gateway.workers import WatchTimes, WorkerDirectory
+from tandem.api.v1 import operations_pb2
 from tandem.worker.v1 import status_pb2, status_pb2_grpc
 from tests.fakes.workers import FakeDecode, FakePrefill
 
@@ -128,3 +132,53 @@ def test_every_word_of_a_worker_is_kept() -> None:
     response = status_pb2.WatchResponse(worker_id="w", role=2, ready=True, queued_tokens=5, transports=["shm", "tcp"])
     worker = worker_from(Worker("a:1", Role.DECODE), response)
     assert (worker.address, worker.ready, worker.queued_tokens, worker.transports) == ("a:1", True, 5, ("shm", "tcp"))
+
+
+class TestEvidence:
+    """Of the death of a worker that broke a request."""
+
+    @pytest.fixture
+    async def lost(self, view: View) -> AsyncIterator[tuple[FakePrefill, Loss]]:
+        """A worker that is known, and what a request has of it that it breaks just now."""
+        async with FakePrefill("model") as worker:
+            view.addresses = [worker.address]
+            await view.until(lambda: view.ready == [worker.address])
+            yield worker, view.directory.losses.of(worker.worker_id)
+
+    async def test_a_process_that_is_gone(self, view: View, lost: tuple[FakePrefill, Loss]) -> None:
+        worker, loss = lost
+        await worker.kill()
+        await view.directory.losses.settled(loss)
+        assert loss.ended is True
+
+    async def test_another_process_at_its_address(self, view: View, lost: tuple[FakePrefill, Loss]) -> None:
+        worker, loss = lost
+        worker.become_another()
+        await view.directory.losses.settled(loss)
+        assert loss.ended is True
+
+    @pytest.mark.parametrize("condition", [operations_pb2.WORKER_CONDITION_STALLED, operations_pb2.WORKER_CONDITION_DRAINING])
+    async def test_the_end_of_one_that_had_stopped_before_is_none(
+        self, view: View, lost: tuple[FakePrefill, Loss], condition: operations_pb2.WorkerCondition
+    ) -> None:
+        worker, loss = lost
+        worker.say(condition=condition)
+        await view.until(lambda: view.ready == [])
+        await worker.kill()
+        await view.directory.losses.settled(loss)
+        assert loss.ended is False
+
+    async def test_silence_is_none(self, view: View, lost: tuple[FakePrefill, Loss]) -> None:
+        worker, loss = lost
+        worker.fall_silent()
+        await view.directory.losses.settled(loss)
+        await worker.kill()
+        assert loss.ended is False
+
+
+async def test_an_address_refuses_only_if_its_host_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        assert not await refuses(address)
+    assert await refuses(address)
+    assert not await refuses("no-such-name.invalid:5")

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.workers import WatchTimes
 from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.errors import Reason, TandemError
 from tests.fakes.workers import FakeDecode, FakePrefill, FakeWorker, letters, spelling
@@ -206,6 +207,31 @@ async def test_a_frozen_decode_worker_is_left_and_its_late_tokens_are_not_taken(
     await suite.until(lambda: all(worker.ready for worker in suite.gateway.directory.workers))
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_two_frozen_workers_under_one_request_are_not_its_doing(make_suite: MakeSuite, replaced: bool) -> None:
+    """Also where somebody puts other processes in their place."""
+    suite = await make_suite(1, 3)
+    suite.gateway.directory._times = WatchTimes(silence_s=0.5)
+    first, second, third = sorted(suite.decodes, key=lambda worker: worker.address)
+    first.gates.close("token 4")
+    second.gates.close("token 5")
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 10}))
+    for frozen, phase in ((first, "token 4"), (second, "token 5")):
+        await frozen.gates.reached(phase)
+        frozen.fall_silent()
+        await suite.until(lambda frozen=frozen: frozen.address in lost_addresses(suite))
+        if replaced:
+            frozen.become_another()
+            frozen.speak_again()
+    answer = await answering
+    assert (answer.error, answer.token_ids) == (None, expected(10))
+    assert [request.attempt for worker in (first, second, third) for request in worker.requests] in ([1, 2, 3], [1, 3, 2])
+
+
+def lost_addresses(suite: Suite) -> set[str]:
+    return {worker.address for worker in suite.gateway.directory.workers if not worker.worker_id}
+
+
 async def test_a_stalled_worker_is_left_if_there_is_another(make_suite: MakeSuite) -> None:
     suite = await make_suite(1, 2)
     first, second = first_choice(suite.decodes)
@@ -326,10 +352,12 @@ async def test_with_all_workers_of_a_kind_gone_requests_fail_soon_and_nothing_pi
 class TestPoison:
     """A request under which worker after worker dies."""
 
-    async def test_it_costs_two_workers_and_fails_alone(self, make_suite: MakeSuite) -> None:
+    @pytest.mark.parametrize("word", [Reason.ENGINE_FAILED, Reason.CANCELLED])
+    async def test_it_costs_two_workers_and_fails_alone(self, make_suite: MakeSuite, word: Reason) -> None:
+        """Whether the worker still says so, or only its address tells."""
         suite = await make_suite(1, 3)
         for decode in suite.decodes:
-            decode.token = deadly(decode, at=4)
+            decode.token = deadly(decode, 4, word)
         innocent = [asyncio.create_task(suite.generate(text=f"i{number}", stopping={"max_tokens": 400})) for number in range(8)]
         await suite.until(lambda: sum(len(decode.book.running) for decode in suite.decodes) == 8)
         answer = await suite.generate(text="poison", stopping={"max_tokens": 10})
@@ -355,14 +383,14 @@ class TestPoison:
         assert (await suite.generate(text="hello", stopping={"max_tokens": 10})).token_ids == expected(10)
 
 
-def deadly(worker: FakePrefill | FakeDecode, at: int) -> Any:
-    """Kills the worker when token `at` or a later one of the poisonous prompt is drawn."""
+def deadly(worker: FakePrefill | FakeDecode, at: int, word: Reason = Reason.ENGINE_FAILED) -> Any:
+    """Kills the worker when token `at` or a later one of the poisonous prompt is drawn; `word` is the last that is heard of it."""
     kills: list[asyncio.Task[None]] = []
 
     def token(prompt: Sequence[int], index: int) -> int:
         if bytes(token_id - 3 for token_id in prompt) == b"poison" and index >= at:
             kills.append(asyncio.get_running_loop().create_task(worker.kill()))
-            raise TandemError(Reason.ENGINE_FAILED, "the process is gone")
+            raise TandemError(word, "the process is gone")
         return letters(prompt, index)
 
     return token

@@ -1,10 +1,12 @@
 """What failures mean for a request: pure policy."""
 
+from collections.abc import Collection
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.failover import MAX_BREAKS, Hop, HopFailed, Recovery
+from gateway.failover import MAX_FAILURES, MAX_MOVES, Hop, HopFailed, Loss, Recovery
 from gateway.routing import Role, Worker
 from tandem.errors import Reason, TandemError
 
@@ -17,12 +19,19 @@ def failure(reason: Reason, worker_id: str = "w", hop: Hop = Hop.DECODE, held: b
     return HopFailed(hop, (worker(worker_id),), TandemError(reason, "no"), held)
 
 
+ALL_HOPS = (Hop.PREFILL, Hop.HANDOFF, Hop.DECODE)
+
+
+def fail(recovery: Recovery, failed: HopFailed, passed: Collection[Hop] = (), *, ended: bool | None = False) -> None:
+    recovery.passed(passed)
+    recovery.failed(failed, Loss(ended))
+
+
 def test_refusals_cost_nothing_however_many_there_are() -> None:
     recovery = Recovery()
     for number in range(50):
-        recovery.failed(failure(Reason.QUEUE_FULL, f"w{number}"), ())
+        fail(recovery, failure(Reason.QUEUE_FULL, f"w{number}"))
     assert len(recovery.tried) == 50
-    assert recovery.num_breaks == 0
     recovery.new_round()
     assert not recovery.tried and len(recovery.avoided) == 50
 
@@ -32,78 +41,141 @@ def test_refusals_cost_nothing_however_many_there_are() -> None:
 )
 def test_what_every_worker_would_say_ends_the_request(reason: Reason) -> None:
     with pytest.raises(TandemError) as raised:
-        Recovery().failed(failure(reason), ())
+        fail(Recovery(), failure(reason))
     assert raised.value.reason is reason
 
 
 @pytest.mark.parametrize("hop", [Hop.PREFILL, Hop.DECODE])
 def test_two_deaths_in_a_row_are_the_requests_doing(hop: Hop) -> None:
     recovery = Recovery()
-    recovery.failed(failure(Reason.WORKER_LOST, "one", hop), ())
-    assert recovery.suspected(hop)
+    fail(recovery, failure(Reason.WORKER_LOST, "one", hop), ended=True)
+    assert recovery.suspects(hop)
     with pytest.raises(TandemError) as raised:
-        recovery.failed(failure(Reason.ENGINE_FAILED, "two", hop), ())
+        fail(recovery, failure(Reason.ENGINE_FAILED, "two", hop))
     assert raised.value.reason is Reason.REQUEST_QUARANTINED
+
+
+def test_a_death_that_is_proved_later_counts() -> None:
+    recovery, open_yet = Recovery(), Loss()
+    recovery.failed(failure(Reason.WORKER_LOST, "one"), open_yet)
+    assert recovery.suspects(Hop.DECODE) == [open_yet]
+    open_yet.ended = True
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, failure(Reason.WORKER_LOST, "two"), ended=True)
+    assert raised.value.reason is Reason.REQUEST_QUARANTINED
+
+
+def test_silence_is_no_death_however_often_it_comes() -> None:
+    recovery = Recovery()
+    for number in range(MAX_MOVES - 1):
+        fail(recovery, failure(Reason.WORKER_LOST, f"w{number}"), ended=False)
+        assert not recovery.suspects(Hop.DECODE)
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, failure(Reason.WORKER_LOST, "last"), ended=False)
+    assert raised.value.reason is Reason.WORKER_LOST
+
+
+def test_silence_between_two_deaths_does_not_hide_them() -> None:
+    recovery = Recovery()
+    fail(recovery, failure(Reason.WORKER_LOST, "one"), ended=True)
+    fail(recovery, failure(Reason.WORKER_LOST, "frozen"), ended=False)
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, failure(Reason.WORKER_LOST, "two"), ended=True)
+    assert raised.value.reason is Reason.REQUEST_QUARANTINED
+    assert raised.value.metadata["worker_deaths"] == "2"
 
 
 def test_deaths_before_the_request_was_taken_are_not_its_doing() -> None:
     recovery = Recovery()
-    for number in range(MAX_BREAKS - 1):
-        recovery.failed(failure(Reason.WORKER_LOST, f"w{number}", held=False), ())
-    assert not recovery.suspected(Hop.DECODE)
+    for number in range(MAX_MOVES - 1):
+        fail(recovery, failure(Reason.WORKER_LOST, f"w{number}", held=False), ended=True)
+    assert not recovery.suspects(Hop.DECODE)
+
+
+@pytest.mark.parametrize("reason", [Reason.INTERNAL, Reason.UNIMPLEMENTED])
+def test_nonsense_is_heard_twice_in_a_row(reason: Reason) -> None:
+    recovery = Recovery()
+    fail(recovery, failure(reason, "one"))
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, failure(reason, "two"))
+    assert raised.value.reason is reason
 
 
 def test_progress_at_the_hop_earns_another_try() -> None:
     recovery = Recovery()
-    for number in range(MAX_BREAKS - 1):
-        recovery.failed(failure(Reason.WORKER_LOST, f"w{number}"), (Hop.PREFILL, Hop.HANDOFF, Hop.DECODE))
+    for number in range(MAX_FAILURES - 1):
+        fail(recovery, failure(Reason.WORKER_LOST, f"w{number}"), ALL_HOPS, ended=True)
     with pytest.raises(TandemError):
-        recovery.failed(failure(Reason.WORKER_LOST, "last"), (Hop.PREFILL, Hop.HANDOFF, Hop.DECODE))
+        fail(recovery, failure(Reason.WORKER_LOST, "last"), ALL_HOPS, ended=True)
+
+
+def test_honest_losses_of_a_long_completion_are_not_counted() -> None:
+    recovery = Recovery()
+    for number in range(10 * MAX_MOVES):
+        fail(recovery, failure(Reason.WORKER_LOST, f"w{number}"), ALL_HOPS, ended=False)
 
 
 def test_deaths_of_different_kinds_of_worker_do_not_add_up() -> None:
     recovery = Recovery()
-    recovery.failed(failure(Reason.WORKER_LOST, "d", Hop.DECODE), (Hop.PREFILL, Hop.HANDOFF))
-    recovery.failed(failure(Reason.WORKER_LOST, "p", Hop.PREFILL), ())
-    assert recovery.suspected(Hop.DECODE) and recovery.suspected(Hop.PREFILL)
+    fail(recovery, failure(Reason.WORKER_LOST, "d", Hop.DECODE), (Hop.PREFILL, Hop.HANDOFF), ended=True)
+    fail(recovery, failure(Reason.WORKER_LOST, "p", Hop.PREFILL), ended=True)
+    assert recovery.suspects(Hop.DECODE) and recovery.suspects(Hop.PREFILL)
 
 
 def test_a_worker_that_is_cut_off_twice_has_not_died_twice() -> None:
-    recovery = Recovery()
-    recovery.failed(failure(Reason.WORKER_LOST, "same"), ())
-    recovery.failed(failure(Reason.WORKER_LOST, "same"), ())
+    recovery, loss = Recovery(), Loss()
+    recovery.failed(failure(Reason.WORKER_LOST, "same"), loss)
+    recovery.failed(failure(Reason.WORKER_LOST, "same"), loss)
+    loss.ended = True
     with pytest.raises(TandemError) as raised:
-        recovery.failed(failure(Reason.WORKER_LOST, "other"), ())
-    assert raised.value.reason is Reason.REQUEST_QUARANTINED
+        fail(recovery, failure(Reason.WORKER_LOST, "other"), ended=True)
+    assert raised.value.metadata["worker_deaths"] == "2"
+
+
+def handoff(prefill: str, decode: str) -> HopFailed:
+    return HopFailed(Hop.HANDOFF, (worker(decode), worker(prefill)), TandemError(Reason.TRANSFER_INTERRUPTED, "no"), held=True)
 
 
 def test_a_handoff_is_tried_once_more_even_between_the_same_two() -> None:
     recovery = Recovery()
-    recovery.failed(failure(Reason.TICKET_NOT_FOUND, hop=Hop.HANDOFF), (Hop.PREFILL,))
+    fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
     assert not recovery.tried and recovery.avoided
     with pytest.raises(TandemError) as raised:
-        recovery.failed(failure(Reason.TRANSFER_INTERRUPTED, hop=Hop.HANDOFF), (Hop.PREFILL,))
+        fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
+    assert raised.value.reason is Reason.TRANSFER_INTERRUPTED
+
+
+def test_each_pair_is_a_handoff_of_its_own() -> None:
+    recovery = Recovery()
+    for number in range(MAX_MOVES - 1):
+        fail(recovery, handoff("p", f"d{number}"), (Hop.PREFILL,))
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, handoff("p", "last"), (Hop.PREFILL,))
     assert raised.value.reason is Reason.TRANSFER_INTERRUPTED
 
 
 REASONS = st.sampled_from(
     [Reason.WORKER_LOST, Reason.ENGINE_FAILED, Reason.INTERNAL, Reason.TRANSFER_INTERRUPTED, Reason.QUEUE_FULL]
 )
-STEPS = st.tuples(REASONS, st.integers(0, 5), st.sampled_from(Hop), st.booleans(), st.integers(0, 3))
+STEPS = st.tuples(REASONS, st.integers(0, 5), st.sampled_from(Hop), st.booleans(), st.integers(0, 3), st.booleans())
 
 
 @given(st.lists(STEPS, min_size=20, max_size=60))
-def test_no_request_costs_more_workers_than_it_may(steps: list[tuple[Reason, int, Hop, bool, int]]) -> None:
-    recovery, breaks, deaths_in_a_row = Recovery(), 0, dict.fromkeys(Hop, 0)
-    for reason, number, hop, held, num_passed in steps:
+def test_no_request_costs_more_workers_than_it_may(steps: list[tuple[Reason, int, Hop, bool, int, bool]]) -> None:
+    recovery, moves, deaths, dead_in_a_row = Recovery(), 0, 0, {hop: set[str]() for hop in Hop}
+    for reason, number, hop, held, num_passed, ended in steps:
         passed = list(Hop)[: min(num_passed, list(Hop).index(hop) + (hop is Hop.DECODE))]
-        deaths_in_a_row |= dict.fromkeys(passed, 0)
+        dead_in_a_row |= {each: set() for each in passed}
         failed = failure(reason, f"w{number}", hop, held)
-        breaks += failed.broken
-        deaths_in_a_row[hop] += failed.death and held and reason is not Reason.WORKER_LOST
+        moves = 0 if Hop.DECODE in passed else moves
+        moves += failed.broken
+        if held and (reason is Reason.ENGINE_FAILED or (reason is Reason.WORKER_LOST and ended)):
+            deaths += 1
+            dead_in_a_row[hop].add(f"w{number}")
         try:
-            recovery.failed(failed, passed)
+            fail(recovery, failed, passed, ended=ended)
         except TandemError:
             return
-        assert breaks < MAX_BREAKS
-        assert max(deaths_in_a_row.values()) < 2
+        assert moves < MAX_MOVES
+        assert deaths < MAX_FAILURES
+        assert max(map(len, dead_in_a_row.values())) < 2
