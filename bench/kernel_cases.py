@@ -149,8 +149,8 @@ def _drawing() -> Iterator[Case]:
         yield Case(f"argmax {rows}", [partial(likeliest, x, out) for x in logits], rows * VOCAB * 4.0, 0, torch_calls)
         full = partial(torch.full, (rows,), device="cuda")
         parameters = DrawParameters(
-            full(fill_value=0.8), full(fill_value=50, dtype=torch.int32), full(fill_value=0.9), full(fill_value=0.0),
-            full(fill_value=0.4, dtype=torch.float64),
+            full(fill_value=0.8), full(fill_value=50, dtype=torch.int32), full(fill_value=0.9, dtype=torch.float64),
+            full(fill_value=0.0), full(fill_value=0.4, dtype=torch.float64),
         )  # fmt: skip
         yield Case(f"draw top_k top_p {rows}", [partial(draw, x, parameters, out) for x in logits], rows * VOCAB * 4.0)
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from decode_svc.kernels import paged_attention
-from llm.ops.gpu import argmax, block_copy, checksum, draw, embed, rms_norm, rope, silu_mul, skinny_linear
+from llm.ops.gpu import argmax, block_copy, checksum, draw, embed, rms_norm, rope, silu_mul, skinny_linear, weight_threshold
 from prefill_svc.kernels import chunk_attention
 
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -30,7 +30,7 @@ _TYPES = {
     "x_ptr": "*bf16", "delta_ptr": "*bf16", "weight_ptr": "*bf16", "norm_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16",
     "qkv_ptr": "*bf16", "pool_ptr": "*bf16", "gate_up_ptr": "*bf16", "table_ptr": "*bf16", "partial_ptr": "*fp32",
     "weights_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "query_norm_ptr": "*fp32", "key_norm_ptr": "*fp32",
-    "logits_ptr": "*fp32", "temperatures_ptr": "*fp32", "top_ps_ptr": "*fp32", "min_ps_ptr": "*fp32", "uniforms_ptr": "*fp64",
+    "logits_ptr": "*fp32", "temperatures_ptr": "*fp32", "top_ps_ptr": "*fp64", "min_ps_ptr": "*fp32", "uniforms_ptr": "*fp64",
     "keys_ptr": "*i64", "data_ptr": "*i64", "sums_ptr": "*i64", "scale": "fp32", "eps": "fp32",
 }  # fmt: skip
 """By parameter name; other pointers are to int32, other numbers int32."""
@@ -74,7 +74,21 @@ def builds() -> Iterator[Build]:
     finish = {"SCRAMBLE_KEYS": 32, "MERGE_KEYS": 40, "STARTS": 48, "AHEAD": 32}
     yield Build("checksum, end", checksum._finish_kernel, finish, 1, tables)
     yield Build("argmax", argmax._argmax_kernel, {"PARTS": 32, "BLOCK": 4096}, 8, {"out_ptr": "*i32"})
-    yield Build("draw", draw._draw_kernel, {"BLOCK": 4096, "ONE": 0x3F800000}, 16, {"out_ptr": "*i32"})
+    yield from _drawing()
+
+
+def _drawing() -> Iterator[Build]:
+    """A vocabulary of 128k tokens, with top_k and top_p."""
+    names = ("sums", "first_counts", "first_sums", "counts", "equals", "totals", "kept_equals", "kept_sums")
+    types = {f"{name}_ptr": "*i64" for name in names} | {"highest_ptr": "*fp32", "out_ptr": "*i32"}
+    shape, scale, low = {"PARTS": 32, "PART": 4096}, {"SCALE": float(1 << 42)}, {"LOW_BITS": 22}
+    digits, which = {**shape, **scale, **low, "LANES": 256}, {"KIND": 1, "TOP_K": 0}
+    yield Build("draw, weigh", draw._weigh_kernel, digits, 4, types)
+    yield Build("draw, narrow", weight_threshold.narrow_kernel, {**digits, **which}, 4, types)
+    yield Build("draw, collect", weight_threshold.collect_kernel, {**shape, **low, **which}, 4, types)
+    yield Build("draw, settle", weight_threshold.settle_kernel, {**scale, **low, **which, "PARTS": 32, "BISECTED": 1024}, 4, types)
+    yield Build("draw, kept", draw._kept_kernel, {"PART": 4096, **scale}, 4, types)
+    yield Build("draw, pick", draw._pick_kernel, {**shape, **scale}, 4, types)
 
 
 def _attention() -> Iterator[Build]:

@@ -57,7 +57,7 @@ def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: tor
     return DrawParameters(
         temperatures=column([1.0 if item.is_greedy else item.temperature for item in params], torch.float32),
         top_ks=column([1 if item.is_greedy else item.top_k for item in params], torch.int32),
-        top_ps=column([item.top_p for item in params], torch.float32),
+        top_ps=column([item.top_p for item in params], torch.float64),
         min_ps=column([item.min_p for item in params], torch.float32),
         uniforms=column(uniforms, torch.float64),
     )

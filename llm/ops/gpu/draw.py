@@ -4,7 +4,7 @@
 
 The same distribution and the same inversion as llm.sampling: the kept tokens' weights are summed in order of ids, and the first at
 which the running sum exceeds uniform * total is drawn. Which tokens are kept is one threshold on the weight, and how many of those
-that equal it (lower ids first). Weights are at most 1 and their bits grow with them, so the threshold is bisected bit by bit.
+that equal it (lower ids first).
 """
 
 from __future__ import annotations
@@ -15,14 +15,30 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096
-_ONE = tl.constexpr(0x3F800000)
-"""The bits of 1.0, the largest weight."""
+from llm.ops.gpu.weight_threshold import (
+    LOW_BITS,
+    SCALE,
+    TOP_K,
+    TOP_P,
+    all_parts,
+    collect_kernel,
+    count_digits,
+    fixed,
+    narrow_kernel,
+    settle_kernel,
+    weights_of,
+)
+
+_PART = 4096
+"""Tokens of a row that one program looks at."""
+_LANES = 256
+"""Of these, at once."""
+_BISECTED = 1024
 
 
 @dataclass(frozen=True)
 class DrawParameters:
-    """One value a row, [n]: float32, int32 (0 keeps all), float32, float32, and a float64 uniform in [0, 1)."""
+    """One value a row, [n]: float32, int32 (0 keeps all), float64, float32, and a float64 uniform in [0, 1)."""
 
     temperatures: torch.Tensor
     top_ks: torch.Tensor
@@ -32,108 +48,123 @@ class DrawParameters:
 
 
 @triton.jit
-def _mass(weights_ptr, width, threshold, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The number, or else the sum in float64, of the weights whose bits are at least `threshold`."""
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        weight = tl.load(weights_ptr + columns, mask=columns < width, other=-1.0)
-        kept = weight.to(tl.int32, bitcast=True) >= threshold
-        kept = kept & (columns < width)
-        total += tl.where(kept, 1.0 if COUNTS else weight, 0.0).to(tl.float64)
-    return tl.sum(total, axis=0)
+def _highest_kernel(logits_ptr, highest_ptr, width, stride, parts, PART: tl.constexpr):
+    row, part = tl.program_id(0), tl.program_id(1)
+    columns = part * PART + tl.arange(0, PART)
+    values = tl.load(logits_ptr + row.to(tl.int64) * stride + columns, mask=columns < width, other=-float("inf"))
+    tl.store(highest_ptr + row * parts + part, tl.max(values, axis=0))
 
 
 @triton.jit
-def _bisect(weights_ptr, width, wanted, COUNTS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
-    """The largest bits b with mass(b) >= wanted; 0 if there are none."""
-    low, high = wanted.to(tl.int32) * 0, wanted.to(tl.int32) * 0 + (ONE + 1)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = _mass(weights_ptr, width, middle, COUNTS, BLOCK) >= wanted
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    return low
-
-
-@triton.jit
-def _draw_kernel(
-    logits_ptr, weights_ptr, temperatures_ptr, top_ks_ptr, top_ps_ptr, min_ps_ptr, uniforms_ptr, out_ptr, width, stride,
-    BLOCK: tl.constexpr, ONE: tl.constexpr,
+def _weigh_kernel(
+    logits_ptr, highest_ptr, weights_ptr, temperatures_ptr, counts_ptr, sums_ptr, width, stride, parts,
+    PARTS: tl.constexpr, PART: tl.constexpr, LANES: tl.constexpr, LOW_BITS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * stride
-    weights_ptr += row.to(tl.int64) * width
-    highest = tl.max(tl.full((1,), -float("inf"), tl.float32), axis=0)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        values = tl.load(logits_ptr + columns, mask=columns < width, other=-float("inf"))
-        highest = tl.maximum(highest, tl.max(values, axis=0))
+    """The weights, and their first digits. What is not a number weighs nothing."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    every = tl.arange(0, PARTS)
+    highest = tl.max(tl.load(highest_ptr + row * parts + every, mask=every < parts, other=-float("inf")), axis=0)
     temperature = tl.maximum(tl.load(temperatures_ptr + row), 1e-30)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        values = tl.load(logits_ptr + columns, mask=columns < width, other=-float("inf"))
-        tl.store(weights_ptr + columns, tl.exp((values - highest) / temperature), mask=columns < width)
+    columns = part * PART + tl.arange(0, PART)
+    values = tl.load(logits_ptr + row.to(tl.int64) * stride + columns, mask=columns < width, other=-float("inf"))
+    weights = tl.exp((values - highest) / temperature)
+    weights = tl.where(weights >= 0, weights, 0.0)
+    tl.store(weights_ptr + row.to(tl.int64) * width + columns, weights, mask=columns < width)
     tl.debug_barrier()
-    threshold = highest.to(tl.int32) * 0
-    total = _mass(weights_ptr, width, threshold, False, BLOCK)
-    everything = total * 0.0 + width
-    equals = everything
-    top_k = tl.load(top_ks_ptr + row)
-    if (top_k > 0) & (top_k < width):
-        threshold = _bisect(weights_ptr, width, top_k.to(tl.float64), True, BLOCK, ONE)
-        equals = top_k - _mass(weights_ptr, width, threshold + 1, True, BLOCK)
-        total = _mass(weights_ptr, width, threshold + 1, False, BLOCK) + equals * threshold.to(tl.float32, bitcast=True)
-    top_p = tl.load(top_ps_ptr + row)
-    if top_p < 1.0:
-        wanted = top_p.to(tl.float64) * total
-        found = _bisect(weights_ptr, width, wanted, False, BLOCK, ONE)
-        found = tl.maximum(found, threshold)
-        missing = wanted - _mass(weights_ptr, width, found + 1, False, BLOCK)
-        needed = tl.maximum(tl.ceil(missing / tl.maximum(found.to(tl.float32, bitcast=True), 1e-38)), 1.0)
-        equals = tl.where(found > threshold, needed, tl.minimum(needed, equals))
-        threshold = found
-    floor = tl.load(min_ps_ptr + row).to(tl.int32, bitcast=True)
-    if floor > threshold:
-        threshold, equals = floor, everything
-    _pick(weights_ptr, out_ptr + row, width, threshold, equals, tl.load(uniforms_ptr + row), BLOCK)
+    count_digits(weights_ptr, counts_ptr, sums_ptr, row, part, parts, width, 0, LOW_BITS + 4, PART, LANES, SCALE)
 
 
 @triton.jit
-def _kept(weights_ptr, start, width, threshold, equals, BLOCK: tl.constexpr):
-    """A block's weights in float64 with those dropped at zero, and how many of the `equals` remain after it."""
-    columns = start + tl.arange(0, BLOCK)
-    weight = tl.load(weights_ptr + columns, mask=columns < width, other=0.0)
-    bits = weight.to(tl.int32, bitcast=True)
-    equal = ((bits == threshold) & (columns < width)).to(tl.int32)
-    keeps = (bits > threshold) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= equals))
-    keeps = keeps & (columns < width)
-    return tl.where(keeps, weight, 0.0).to(tl.float64), equals - tl.sum(equal, axis=0)
+def _begin_kernel(sums_ptr, thresholds_ptr, equals_ptr, totals_ptr, width, parts, PARTS: tl.constexpr):
+    """Without a filter everything is kept."""
+    row = tl.program_id(0)
+    tl.store(thresholds_ptr + row, 0)
+    tl.store(equals_ptr + row, width)
+    tl.store(totals_ptr + row, tl.sum(all_parts(sums_ptr, row, parts, tl.arange(0, 16), PARTS), axis=0))
 
 
 @triton.jit
-def _pick(weights_ptr, out_ptr, width, threshold, equals, uniform, BLOCK: tl.constexpr):
-    total, left = uniform * 0.0, equals
-    for start in range(0, width, BLOCK):
-        weight, left = _kept(weights_ptr, start, width, threshold, left, BLOCK)
-        total += tl.sum(weight, axis=0)
-    target, running, left, drawn, last = uniform * total, uniform * 0.0, equals, width, threshold * 0
-    for start in range(0, width, BLOCK):
-        weight, left = _kept(weights_ptr, start, width, threshold, left, BLOCK)
-        columns = start + tl.arange(0, BLOCK)
-        beyond = (running + tl.cumsum(weight, axis=0) > target) & (weight > 0)
-        drawn = tl.minimum(drawn, tl.min(tl.where(beyond, columns, width), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(weight > 0, columns, 0), axis=0))
-        running += tl.sum(weight, axis=0)
-    tl.store(out_ptr, tl.where(drawn < width, drawn, last).to(tl.int32))
+def _kept_kernel(
+    weights_ptr, min_ps_ptr, thresholds_ptr, equals_ptr, kept_equals_ptr, kept_sums_ptr, width, parts,
+    PART: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """A part's weights beyond the threshold, and how many equal it. min_p raises the threshold, and then all that equal it stay."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    floor, threshold = tl.load(min_ps_ptr + row).to(tl.int32, bitcast=True), tl.load(thresholds_ptr + row)
+    _, bits, weight = weights_of(weights_ptr, row, part * PART, width, PART)
+    threshold = tl.maximum(threshold, floor)
+    tl.store(kept_equals_ptr + row * parts + part, tl.sum((bits == threshold).to(tl.int32), axis=0))
+    tl.store(kept_sums_ptr + row * parts + part, tl.sum(tl.where(bits > threshold, fixed(weight, SCALE), 0), axis=0))
+
+
+@triton.jit
+def _pick_kernel(
+    weights_ptr, min_ps_ptr, uniforms_ptr, thresholds_ptr, equals_ptr, kept_equals_ptr, kept_sums_ptr, out_ptr, width, parts,
+    PARTS: tl.constexpr, PART: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The program whose part holds the drawn token writes it; where nothing weighs anything, the first writes token 0."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    floor, threshold, equals = (
+        tl.load(min_ps_ptr + row).to(tl.int32, bitcast=True), tl.load(thresholds_ptr + row), tl.load(equals_ptr + row)
+    )  # fmt: skip
+    equals = tl.where(floor > threshold, width, equals)
+    threshold = tl.maximum(threshold, floor)
+    one = fixed(threshold.to(tl.float32, bitcast=True), SCALE)
+    every = tl.arange(0, PARTS)
+    num_equal = tl.load(kept_equals_ptr + row * parts + every, mask=every < parts, other=0).to(tl.int64)
+    before = tl.cumsum(num_equal, axis=0) - num_equal
+    stay = tl.minimum(tl.maximum(equals - before, 0), num_equal)
+    sums = tl.load(kept_sums_ptr + row * parts + every, mask=every < parts, other=0) + stay * one
+    total = tl.sum(sums, axis=0)
+    target = tl.minimum((tl.load(uniforms_ptr + row) * total.to(tl.float64)).to(tl.int64), total - 1)
+    running = tl.sum(tl.where(every < part, sums, 0), axis=0)
+    own = tl.sum(tl.where(every == part, sums, 0), axis=0)
+    if (part == 0) & (total <= 0):
+        tl.store(out_ptr + row, 0)
+    if (running <= target) & (target < running + own):
+        columns, bits, weight = weights_of(weights_ptr, row, part * PART, width, PART)
+        equal = (bits == threshold).to(tl.int64)
+        rank = tl.sum(tl.where(every == part, before, 0), axis=0) + tl.cumsum(equal, axis=0)
+        keeps = (bits > threshold) | ((equal > 0) & (rank <= equals))
+        sums_so_far = running + tl.cumsum(tl.where(keeps, fixed(weight, SCALE), 0), axis=0)
+        tl.store(out_ptr + row, tl.min(tl.where(keeps & (sums_so_far > target), columns, width), axis=0))
 
 
 def draw(logits: torch.Tensor, parameters: DrawParameters, out: torch.Tensor) -> None:
     """logits [n, vocab] float32 -> out [n] int32. A temperature of 0 draws the likeliest token (the lowest id but for rounding)."""
     rows, width = logits.shape
-    weights = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
-    given = parameters
-    if rows:
-        _draw_kernel[(rows,)](
-            logits, weights, given.temperatures, given.top_ks, given.top_ps, given.min_ps, given.uniforms, out,
-            width, logits.stride(0), BLOCK=_BLOCK, ONE=_ONE.value, num_warps=16,
+    if not rows:
+        return
+    parts, given, device = triton.cdiv(width, _PART), parameters, logits.device
+    shape = {"PARTS": triton.next_power_of_2(parts), "PART": _PART}
+    scale = {"SCALE": SCALE.value}
+    digits = {**shape, **scale, "LANES": _LANES, "LOW_BITS": LOW_BITS.value}
+
+    def integers(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.int64, device=device)
+
+    weights = torch.empty(rows, width, dtype=torch.float32, device=device)
+    collected = torch.empty(rows, width, dtype=torch.int32, device=device)
+    highest = torch.empty(rows, parts, dtype=torch.float32, device=device)
+    first, second = (integers(rows, parts, 16), integers(rows, parts, 16)), (integers(rows, parts, 16), integers(rows, parts, 16))
+    thresholds = torch.empty(rows, dtype=torch.int32, device=device)
+    equals, totals, kept_equals, kept_sums = integers(rows), integers(rows), integers(rows, parts), integers(rows, parts)
+    whole, each = (rows,), (rows, parts)
+    _highest_kernel[each](logits, highest, width, logits.stride(0), parts, PART=_PART)
+    _weigh_kernel[each](logits, highest, weights, given.temperatures, *first, width, logits.stride(0), parts, **digits)
+    _begin_kernel[whole](first[1], thresholds, equals, totals, width, parts, PARTS=shape["PARTS"])
+    filters = (given.top_ks, given.top_ps)
+    for kind in (TOP_K.value, TOP_P.value):
+        which = {"KIND": kind, "TOP_K": TOP_K.value}
+        narrow_kernel[each](weights, *first, *second, *filters, totals, width, parts, **which, **digits)
+        collect_kernel[each](
+            weights, collected, *first, *second, *filters, totals, width, parts, **which, **shape, LOW_BITS=LOW_BITS.value
+        )
+        settle_kernel[whole](
+            collected, *first, *second, *filters, thresholds, equals, totals, width, parts,
+            **which, **scale, PARTS=shape["PARTS"], BISECTED=_BISECTED, LOW_BITS=LOW_BITS.value,
         )  # fmt: skip
+    _kept_kernel[each](weights, given.min_ps, thresholds, equals, kept_equals, kept_sums, width, parts, PART=_PART, **scale)
+    _pick_kernel[each](
+        weights, given.min_ps, given.uniforms, thresholds, equals, kept_equals, kept_sums, out, width, parts, **shape, **scale
+    )

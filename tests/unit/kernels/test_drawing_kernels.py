@@ -42,7 +42,7 @@ def parameters_of(rows, device):
     return draw.DrawParameters(
         column([row.params.temperature for row in rows], torch.float32),
         column([row.params.top_k for row in rows], torch.int32),
-        column([row.params.top_p for row in rows], torch.float32),
+        column([row.params.top_p for row in rows], torch.float64),
         column([row.params.min_p for row in rows], torch.float32),
         column([uniform(row.params.seed, len(row.token_ids)) for row in rows], torch.float64),
     )
@@ -65,3 +65,40 @@ def test_equal_weights_are_kept_by_lowest_id(device):
     draw.draw(logits, parameters_of(rows, device), out)
     assert out.tolist() == [token.token_id for token in sample(logits.cpu(), rows)]
     assert set(out.tolist()) <= {0, 1, 2}
+
+
+def drawn_by(logits, rows):
+    out = torch.full((len(rows),), -1, dtype=torch.int32, device=logits.device)
+    draw.draw(logits, parameters_of(rows, logits.device), out)
+    return out.tolist()
+
+
+FILTERS = [SamplingParams(top_k=60, seed=1), SamplingParams(top_p=0.97, seed=2), SamplingParams(top_k=3000, top_p=0.5, seed=3)]
+
+
+@pytest.mark.parametrize("spread", [0.02, 3.0, 80.0])
+def test_draws_what_the_host_draws_from_flat_and_steep_rows_of_many_parts(device, spread):
+    """Steep rows have their thresholds among the tiniest weights, flat ones all weights in one digit."""
+    logits = spread * torch.randn(len(FILTERS), 9000, device=device)
+    rows = [SampleRow(params, [1], 1) for params in FILTERS]
+    assert drawn_by(logits, rows) == [token.token_id for token in sample(logits.cpu(), rows)]
+
+
+def test_equals_are_kept_by_lowest_id_over_parts(device):
+    filters = [{"top_k": 4500}, {"top_p": 0.55}, {"top_k": 4097, "top_p": 0.999}]
+    rows = [SampleRow(SamplingParams(**each, seed=seed), [1], 1) for each, seed in zip(filters, (4, 5, 6), strict=True)]
+    logits = torch.zeros(3, 9000, device=device)
+    assert drawn_by(logits, rows) == [token.token_id for token in sample(logits.cpu(), rows)]
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours(device):
+    rows = [SampleRow(params, [1], 1) for params in PARAMETERS[-3:]]
+    logits = 2 * torch.randn(len(rows), 5000, device=device)
+    assert drawn_by(logits, rows) == [drawn_by(logits[[index]], [row])[0] for index, row in enumerate(rows)]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_a_row_without_numbers_draws_a_token_that_exists(device):
+    logits = torch.full((2, 5000), torch.nan, device=device)
+    logits[1, 4500] = torch.inf
+    assert all(0 <= token < 5000 for token in drawn_by(logits, [SampleRow(PARAMETERS[-1], [1], 1)] * 2))
