@@ -1,12 +1,16 @@
 """When to launch a step whose predecessor is still running: late, so that newcomers join it, but not too late for the device."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
 _SLACK_S = 0.0003
 """For waking up late, and for steps that end early."""
-_COST_WEIGHT = 0.2
+_REMEMBERED_LAUNCHES = 40
+_COVERED = 0.95
+"""Launches that are quick enough: one that is slow, since other threads hold the interpreter, keeps the device waiting, while one
+that begins early costs the next step a newcomer now and then."""
 
 
 class Pacer:
@@ -20,6 +24,7 @@ class Pacer:
         self._running: deque[tuple[float, float]] = deque()  # launched at, size
         self._landed_at = 0.0
         self._seconds_per_size: deque[float] = deque(maxlen=3)
+        self._launches_s: deque[float] = deque(maxlen=_REMEMBERED_LAUNCHES)
         self._launch_s = 0.0
 
     def pause(self) -> None:
@@ -41,7 +46,8 @@ class Pacer:
     def launched(self, began: float, size: float) -> None:
         """A step was launched; the work for that began at `began`, a value of `now()`."""
         now = self._clock()
-        self._launch_s += _COST_WEIGHT * (now - began - self._launch_s) if self._launch_s else now - began
+        self._launches_s.append(now - began)
+        self._launch_s = sorted(self._launches_s)[math.ceil(_COVERED * len(self._launches_s)) - 1]
         self._running.append((now, size))
 
     def landed(self) -> None:

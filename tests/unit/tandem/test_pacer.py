@@ -80,3 +80,17 @@ def test_the_quickest_of_late_steps_is_believed(pacer: Pacer, clock: Clock) -> N
         run(pacer, clock, seconds)
     pacer.launched(pacer.now(), 1)
     assert pacer.pause_s() < 0.005
+
+
+def test_a_launch_may_take_as_long_as_the_slow_ones_but_for_the_slowest(pacer: Pacer, clock: Clock) -> None:
+    for number in range(40):
+        run(pacer, clock, 0.010, cost=0.005 if number == 7 else 0.002 if number % 8 == 0 else 0.001)
+    pacer.launched(pacer.now(), 1)
+    assert 0.010 - 0.0025 < pacer.pause_s() < 0.010 - 0.002
+
+
+def test_slow_launches_are_forgotten(pacer: Pacer, clock: Clock) -> None:
+    for cost in (*[0.005] * 40, *[0.001] * 40):
+        run(pacer, clock, 0.010, cost=cost)
+    pacer.launched(pacer.now(), 1)
+    assert pacer.pause_s() > 0.008
