@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from llm.batch import Batch, Integers
-from llm.gpu.device_batch import DeviceBatch, make_device_batch, pack
+from llm.gpu.device_batch import DeviceBatch, make_device_batch
+from llm.gpu.step import Staged, StepMemory
 
 _PADDING = {"sources": -1, "row_blocks": -1}
 """A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens, and the result is 0."""
@@ -45,13 +46,19 @@ class GraphInputs:
     def fits(self, arrays: Mapping[str, Integers]) -> bool:
         return len(_FIXED) * self._stride + len(arrays["block_ids"]) <= self._memory.shape[0]
 
-    def upload(self, arrays: Mapping[str, Integers]) -> None:
-        """One copy from pinned memory; it waits for nothing and is ordered before what is launched next."""
-        staged = pack([self._padding.reshape(-1), arrays["block_ids"]], self._device)
-        fixed = staged[: self._padding.size].numpy().reshape(self._padding.shape)
+    def stage(self) -> Staged:
+        """Host memory from which this memory is filled."""
+        return Staged(self._memory)
+
+    def upload(self, arrays: Mapping[str, Integers], staged: Staged) -> None:
+        """One copy; it waits for nothing and is ordered before what is launched next. `staged` must not be under way any more."""
+        num_fixed, block_ids = self._padding.size, arrays["block_ids"]
+        fixed = staged.values[:num_fixed].reshape(self._padding.shape)
+        fixed[:] = self._padding
         for index, name in enumerate(_FIXED):
             fixed[index, : len(arrays[name])] = arrays[name]
-        self._memory[: staged.shape[0]].copy_(staged, non_blocking=True)
+        staged.values[num_fixed : num_fixed + len(block_ids)] = block_ids
+        staged.copy(num_fixed + len(block_ids))
 
     def batch(self, size: int) -> DeviceBatch:
         """A batch of `size` rows, one token a sequence, over this memory."""
@@ -95,15 +102,16 @@ class DecodeGraphs:
         """The smallest captured size that holds them."""
         return min((size for size in self._graphs if size >= rows), default=None)
 
-    def replay(self, arrays: Mapping[str, Integers]) -> torch.Tensor:
-        """Uploads and runs a step; logits [rows, vocab], valid until the next replay."""
-        rows = len(arrays["token_ids"])
-        size = self.size_for(rows)
+    def replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
+        """Uploads by way of `memory` and runs a step; logits [at least as many rows, vocab], valid until the next replay."""
+        size = self.size_for(len(arrays["token_ids"]))
         assert size is not None, "ask `holds` first"
-        self.inputs.upload(arrays)
+        if memory.staged is None:
+            memory.staged = self.inputs.stage()
+        self.inputs.upload(arrays, memory.staged)
         graph, logits = self._graphs[size]
         graph.replay()
-        return logits[:rows]
+        return logits
 
 
 def _shape_only(size: int) -> Batch:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from llm.batch import SequenceSlice, build_batch
+from llm.batch import Integers, SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
 from llm.gpu.few_rows import FewRowsModel
-from llm.gpu.step import DrawnStep, draw_rows, fetch
+from llm.gpu.step import DrawnStep, StepMemories, StepMemory, draw_rows
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
 from llm.ops.gpu.operations import GpuOperations
@@ -44,6 +44,7 @@ class GpuModelRunner(ModelRunner):
         max_rows = max(gpu.max_batch, gpu.max_rows)
         self._argmax = Argmax(max_rows, config.vocab_size, self.device)
         self._drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
+        self._memories = StepMemories(self._drawn)
         self._graphs: DecodeGraphs | None = None
         self._pool: torch.Tensor | None = None
 
@@ -86,6 +87,7 @@ class GpuModelRunner(ModelRunner):
     def attach(self, pool: Pool) -> None:
         """Sets the KV pool that the following calls write to and read from. Graphs captured over another are dropped."""
         self._pool, self._graphs = pool.tensor, None
+        self._memories.clear()
 
     def detach(self) -> None:
         """Lets go of the pool and the graphs captured over it."""
@@ -98,7 +100,13 @@ class GpuModelRunner(ModelRunner):
         Returns float32 logits [rows, vocab] on the device: the rows that the slices ask for, in order of slices and positions;
         valid until the next call.
         """
-        return self._run(slices, None)[0]
+        arrays = self._captured(slices, None)
+        if arrays is None:
+            return self._compute(slices, None)
+        memory = self._memories.take()
+        logits = self._replay(arrays, memory)[: len(slices)]
+        memory.fetch(0, self._stream).token_ids()  # the inputs have been read, and their memory is free
+        return logits
 
     @torch.inference_mode()
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep:
@@ -109,12 +117,15 @@ class GpuModelRunner(ModelRunner):
         need `forward` and llm.sampling.
         """
         assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
-        drawn = self._drawn[: len(rows)]
-        logits, replayed = self._run(slices, sources)
-        if rows and not replayed:
-            self._argmax(logits, drawn)
-        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices if item.logits == "last"], drawn)
-        return fetch(drawn)
+        memory, arrays = self._memories.take(), self._captured(slices, sources)
+        if arrays is not None:
+            logits = self._replay(arrays, memory)
+        else:
+            logits = self._compute(slices, sources)
+            if rows:
+                self._argmax(logits, self._drawn[: len(rows)])
+        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices if item.logits == "last"], self._drawn)
+        return memory.fetch(len(rows), self._stream)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles kernels and captures graphs. Overwrites the pool's first blocks: call it before any is handed out."""
@@ -133,13 +144,21 @@ class GpuModelRunner(ModelRunner):
         assert self._pool is not None, "attach a pool first"
         return self._pool
 
-    def _run(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> tuple[torch.Tensor, bool]:
-        """Logits, and whether a graph was replayed, which draws the likeliest tokens too. `sources`: one a slice."""
-        pool, graphs = self._pool_tensor(), self._graphs
-        if graphs is not None and is_decode(slices):
-            arrays = decode_arrays(slices, sources, pool.shape[4])
-            if graphs.holds(arrays):
-                return graphs.replay(arrays), True
+    def _captured(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> dict[str, Integers] | None:
+        """The inputs of a step, if it is one of those that were captured."""
+        if self._graphs is None or not is_decode(slices):
+            return None
+        arrays = decode_arrays(slices, sources, self._pool_tensor().shape[4])
+        return arrays if self._graphs.holds(arrays) else None
+
+    def _replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
+        """Logits of at least as many rows as were asked for; the likeliest tokens are drawn too."""
+        assert self._graphs is not None, "captured"
+        return self._graphs.replay(arrays, memory)
+
+    def _compute(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> torch.Tensor:
+        """`sources`: one a slice."""
+        pool = self._pool_tensor()
         batch = build_batch(slices, pool.shape[4])
         if sources is not None and len(batch.token_ids) > len(slices):
             sources = np.repeat(np.asarray(sources, np.int32), np.diff(batch.row_starts)).tolist()
@@ -148,7 +167,7 @@ class GpuModelRunner(ModelRunner):
         arrays = host_arrays(batch, sources, attention.tile_tokens, whole)
         tensors = upload(arrays, self.device)
         largest = int(arrays["tile_counts"].max(initial=0))
-        return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole)), False
+        return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole))
 
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
         model = self._few_rows if self._is_few(batch) else self._model

@@ -3,46 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm.ops.gpu.draw import DrawParameters, draw
 from llm.sampling import SampleRow, uniform
 
 
-@dataclass(frozen=True)
-class DrawnStep:
-    """Tokens on their way to the host."""
+class Staged:
+    """Inputs of a captured step on their way to the device, in memory that is locked once.
 
-    host: torch.Tensor
-    """[n] int32; valid once `arrived` has happened."""
-    arrived: torch.cuda.Event | None
+    Every call of torch lets other threads have the interpreter, and taking it back can cost milliseconds while they are busy: there
+    are none here but the copy.
+    """
 
-    def token_ids(self) -> list[int]:
-        """Waits for this step only."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        tokens: list[int] = self.host.tolist()
+    def __init__(self, device: torch.Tensor) -> None:
+        """`device` [n] int32 is what captured steps read."""
+        host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
+        self.values: npt.NDArray[np.int32] = host.numpy()
+        """To be filled in before `copy`."""
+        sizes = [min(256 << power, len(device)) for power in range(24) if 128 << power < len(device)]
+        self._copies = {size: (device[:size], host[:size]) for size in sizes or [len(device)]}
+
+    def copy(self, num_values: int) -> None:
+        """Begins to bring the first `num_values` to the device, ordered before what is launched next."""
+        size = next(size for size in self._copies if size >= num_values)
+        onto, source = self._copies[size]
+        onto.copy_(source, non_blocking=True)
+
+
+class StepMemory:
+    """What one step in flight needs on the host. Used again once its tokens have been read."""
+
+    def __init__(self, drawn: torch.Tensor) -> None:
+        """`drawn` [n] int32, on the device: where steps leave their tokens."""
+        self.free = True
+        self.staged: Staged | None = None
+        self._drawn = drawn
+        self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=drawn.is_cuda)
+        self._tokens: npt.NDArray[np.int32] = self._host.numpy()
+        self._arrived = torch.cuda.Event() if drawn.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def fetch(self, count: int, stream: torch.cuda.Stream | None) -> DrawnStep:
+        """Begins the copy of the first `count` tokens to the host; later launches on the stream may draw others."""
+        self._host.copy_(self._drawn, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(stream)
+        return DrawnStep(self, count)
+
+    def read(self, count: int) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens: list[int] = self._tokens[:count].tolist()
         return tokens
 
 
+class DrawnStep:
+    """Tokens on their way to the host."""
+
+    def __init__(self, memory: StepMemory, count: int) -> None:
+        self._memory, self._count = memory, count
+        self._tokens: list[int] | None = None
+
+    def token_ids(self) -> list[int]:
+        """Waits for this step only."""
+        if self._tokens is None:
+            self._tokens = self._memory.read(self._count)
+            self._memory.free = True
+        return self._tokens
+
+
+class StepMemories:
+    """As many as there are steps in flight at once. A step whose tokens nobody reads keeps its own."""
+
+    def __init__(self, drawn: torch.Tensor) -> None:
+        self._drawn = drawn
+        self._memories: list[StepMemory] = []
+
+    def take(self) -> StepMemory:
+        memory = next((memory for memory in self._memories if memory.free), None)
+        if memory is None:
+            memory = StepMemory(self._drawn)
+            self._memories.append(memory)
+        memory.free = False
+        return memory
+
+    def clear(self) -> None:
+        """Steps in flight keep theirs; the next ones get new memory."""
+        self._memories.clear()
+
+
 def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequence[int], drawn: torch.Tensor) -> None:
-    """Replaces the likeliest tokens, which `drawn` [n] holds already, where a row wants others. position: that of the new token."""
+    """Replaces the likeliest tokens, which `drawn` holds already, where one of the first rows wants another.
+
+    positions: those of the new tokens.
+    """
     assert all(row.fits_device for row in rows), "rows for the host must be drawn there"
     if not all(row.params.is_greedy for row in rows):
-        draw(logits, _parameters(rows, positions, logits.device), drawn)
-
-
-def fetch(drawn: torch.Tensor) -> DrawnStep:
-    """Begins the copy to the host; later launches on the stream may overwrite `drawn`."""
-    if not drawn.is_cuda:
-        return DrawnStep(drawn.clone(), None)
-    host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-    host.copy_(drawn, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-    return DrawnStep(host, arrived)
+        draw(logits[: len(rows)], _parameters(rows, positions, logits.device), drawn[: len(rows)])
 
 
 def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:

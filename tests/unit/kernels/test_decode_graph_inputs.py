@@ -10,6 +10,7 @@ from llm.batch import SequenceSlice, build_batch
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.decode_graphs import GraphInputs, bucket_sizes
 from llm.gpu.device_batch import host_arrays
+from llm.gpu.step import Staged, StepMemories
 from llm.ops.attention import paged_attention as reference
 from tests.fakes.paged_batches import relative_error
 
@@ -60,12 +61,13 @@ def test_a_decode_step_without_room_in_its_blocks_is_our_bug():
 def test_a_padded_batch_attends_and_writes_like_its_rows(device):
     pool = torch.randn(9, 1, 2, 2, 16, 16, device=device)
     inputs = GraphInputs(8, 32, device)
+    staged = inputs.stage()
     for starts, size in (([20, 0, 47], 4), ([5], 8)):
         slices = [SequenceSlice([7], start, [3 * index, 3 * index + 1, 3 * index + 2]) for index, start in enumerate(starts)]
         batch = build_batch(slices, 16)
         arrays = host_arrays(batch, None, 16)
         assert inputs.fits(arrays)
-        inputs.upload(arrays)
+        inputs.upload(arrays, staged)
         padded = inputs.batch(size)
         qkv = torch.randn(size, 8 * 16, device=device)
         expected_pool = pool.clone()
@@ -80,3 +82,27 @@ def test_a_padded_batch_attends_and_writes_like_its_rows(device):
         out = paged.PagedAttention()(qkv, padded.tiles, pool, 0)
         assert not out[len(starts) :].any()
         assert relative_error(out[: len(starts)], reference(qkv[: len(starts)], batch, pool, 0)) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 7, 256, 257, 300])
+def test_staged_values_arrive_and_a_little_more(count, device):
+    onto = torch.zeros(300, dtype=torch.int32, device=device)
+    staged = Staged(onto)
+    staged.values[:count] = range(1, count + 1)
+    staged.copy(count)
+    assert onto[:count].tolist() == list(range(1, count + 1))
+
+
+def test_memory_of_a_step_is_used_again_once_its_tokens_are_read(device):
+    drawn = torch.tensor([5, 6, 7], dtype=torch.int32, device=device)
+    memories = StepMemories(drawn)
+    first = memories.take()
+    step = first.fetch(2, None)
+    second = memories.take()
+    assert second is not first
+    drawn += 10
+    later = second.fetch(3, None)
+    assert step.token_ids() == [5, 6]
+    assert memories.take() is first
+    assert later.token_ids() == [15, 16, 17]
+    assert step.token_ids() == [5, 6], "asked again, when its memory is another's"
