@@ -1,7 +1,8 @@
 """Which lost workers have died, as far as there is evidence: their requests may be the cause. Silence is none.
 
-A process has ended if its connection broke while it spoke and took requests, and its address then refuses, or answers for another
-process. A worker that fell silent (frozen, behind a dead link) has not died under its requests, whatever is done to it later.
+A process has ended if its connection broke while it spoke and took requests, and its address then turns connections away, or
+answers for another process. A worker that fell silent (frozen, behind a dead link) has not died under its requests, whatever is
+done to it later.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ class Losses:
         return loss.ended is None
 
     def ended(self, worker_id: str) -> None:
-        """A lost worker's address refuses, or is another's."""
+        """A lost worker's address turns connections away, or is another's."""
         if worker_id in self._lost:
             self._settle(self._lost[worker_id][0], ended=True)
 

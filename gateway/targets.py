@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 DNS_PREFIX = "dns:///"
-# A host that is there answers at once.
-CONNECT_S = 0.5
+# A server that is there has spoken by then.
+FIRST_WORD_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,26 @@ async def look_up(target: Target) -> Sequence[str]:
     return sorted({join_address(str(address[0]), int(address[1])) for *_, address in found})
 
 
-async def refuses(address: str) -> bool:
-    """Whether the host says that nobody listens there. What cannot be reached refuses nothing."""
+async def turns_away(address: str) -> bool:
+    """Whether connections are refused there, or closed before a word, as a proxy does for a process that has ended.
+
+    A gRPC server speaks first. What cannot be reached, or is silent, turns nobody away.
+    """
     host, _, port = address.rpartition(":")
     try:
-        async with asyncio.timeout(CONNECT_S):
+        async with asyncio.timeout(FIRST_WORD_S):
             found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-            return bool(found) and all([await _refused(family, place) for family, *_, place in found])
+            return bool(found) and all([await _turned_away(family, place) for family, *_, place in found])
     except (OSError, UnicodeError, TimeoutError):
         return False
 
 
-async def _refused(family: int, place: Any) -> bool:
+async def _turned_away(family: int, place: Any) -> bool:
+    loop = asyncio.get_running_loop()
     with socket.socket(family, socket.SOCK_STREAM) as connecting:
         connecting.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(connecting, place)
-        except ConnectionRefusedError:
+            await loop.sock_connect(connecting, place)
+            return not await loop.sock_recv(connecting, 1)
+        except ConnectionError:
             return True
-        return False

@@ -13,7 +13,7 @@ import grpc
 from gateway.calls import cancel_and_wait, end, read
 from gateway.losses import SUDDEN_S, Losses
 from gateway.routing import Condition, Role, Worker
-from gateway.targets import Target, look_up, refuses
+from gateway.targets import Target, look_up, turns_away
 from gateway.wire import worker_from
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
@@ -73,7 +73,6 @@ class WorkerDirectory:
         times: WatchTimes = WatchTimes(),
         open_channel: Callable[[str], grpc.aio.Channel] | None = None,
         resolve: Callable[[Target], Awaitable[Sequence[str]]] = look_up,
-        refuses: Callable[[str], Awaitable[bool]] = refuses,
     ) -> None:
         self._targets = targets
         self._changed = changed
@@ -81,7 +80,6 @@ class WorkerDirectory:
         self._times = times
         self._open_channel = open_channel or (lambda address: open_internal_channel(address, max_receive_bytes=MAX_RECEIVE_BYTES))
         self._resolve = resolve
-        self._refuses = refuses
         self.losses = Losses()
         self._watched: dict[str, _Watched] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -167,7 +165,7 @@ class WorkerDirectory:
         while True:
             if await self._listen(watched):
                 pause_s = self._times.first_pause_s
-            if self.losses.open(watched.lost_id) and await self._refuses(watched.worker.address):
+            if self.losses.open(watched.lost_id) and await turns_away(watched.worker.address):
                 self.losses.ended(watched.lost_id)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 2, self._times.longest_pause_s)

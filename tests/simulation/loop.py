@@ -129,6 +129,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     async def sock_connect(self, sock: Any, address: Any) -> None:
         await sock.connect_soon(address)
 
+    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:  # type: ignore[override]
+        return await sock.first_word()  # type: ignore[no-any-return]
+
     def add_signal_handler(self, *_: Any) -> None:  # type: ignore[override]
         raise Violation("signals are simulated by calling what handles them")
 

@@ -4,6 +4,7 @@ A stream of bytes in order. Kernels accept connections and bytes on behalf of fr
 often partial. A closed or dead peer shows as an end of the stream, a broken way not at all.
 """
 
+import asyncio
 import itertools
 import selectors as real_selectors
 import socket as real_socket
@@ -56,6 +57,7 @@ class Socket:
         self._ended = False
         self._connected = False
         self._backlog: list[Socket] | None = None
+        self._rpc_server: Any = None
         self._reader: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
         self._writer: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
         self._waiting: list[threads.Thread] = []
@@ -119,6 +121,7 @@ class Socket:
         if not network.reachable_both_ways(self.process, listener.process):
             return
         if not isinstance(listener, Socket):  # a server of rpc.py, to which no bytes can be sent
+            self._rpc_server = listener
             self._layer.loop.call_later(network.delay(), finish, None)
             return
         there = listener._accept_from(self, address[1])
@@ -137,6 +140,14 @@ class Socket:
         self._backlog.append(there)
         self._changed()
         return there
+
+    async def first_word(self) -> bytes:
+        """Of a server of rpc.py, which speaks first if it lives and is not frozen."""
+        process = self._rpc_server.process
+        await asyncio.sleep(2 * self._layer.network.delay())
+        while process.frozen or not self._layer.network.reachable_both_ways(self.process, process):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        return b"!" if process.alive else b""
 
     # Bytes.
 

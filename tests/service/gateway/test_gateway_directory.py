@@ -9,7 +9,7 @@ import pytest
 
 from gateway.failover import Loss
 from gateway.routing import Role, Worker
-from gateway.targets import Target, look_up, refuses
+from gateway.targets import Target, look_up, turns_away
 from gateway.wire import worker_from
 from gateway.workers import WatchTimes, WorkerDirectory
 from tandem.api.v1 import operations_pb2
@@ -176,9 +176,14 @@ class TestEvidence:
         assert loss.ended is False
 
 
-async def test_an_address_refuses_only_if_its_host_says_so() -> None:
+async def test_an_address_turns_away_if_it_refuses_or_hangs_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-        assert not await refuses(address)
-    assert await refuses(address)
-    assert not await refuses("no-such-name.invalid:5")
+        assert not await turns_away(address), "a frozen process is silent"
+    assert await turns_away(address)
+    proxy = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with proxy:
+        assert await turns_away(f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+    async with FakePrefill("model") as worker:
+        assert not await turns_away(worker.address)
+    assert not await turns_away("no-such-name.invalid:5")
