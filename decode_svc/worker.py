@@ -51,6 +51,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
             cache_directory=cache_directory(),
             device=device,
             dtype=weights.dtype,
+            weights=weights.weights,
             threads=weights.threads or None,
             gpu=gpu_settings(device, settings.batch_on(device)),
         )
@@ -125,6 +126,7 @@ class DecodeWorker:
             layout=layout_to_proto(self._loaded.layout),
             device=self._loaded.runner.device_description,
             weight_format=self._loaded.runner.weight_format,
+            weight_format_reason=self._loaded.runner.weight_format_reason,
             transports=self._puller.transports,
         )
 

@@ -104,6 +104,7 @@ def _summary(worker: Worker, handoff: operations_pb2.HandoffCounts | None) -> op
         ready=worker.ready,
         device=worker.device,
         weight_format=worker.weight_format,
+        weight_format_reason=worker.weight_format_reason,
         total_blocks=worker.total_blocks,
         free_blocks=worker.free_blocks,
         queued_requests=worker.queued_requests,

@@ -69,6 +69,7 @@ class Worker:
     layout: Layout | None = None
     device: str = ""
     weight_format: str = ""
+    weight_format_reason: str = ""
     transports: tuple[str, ...] = ()
     total_blocks: int = 0
     free_blocks: int = 0

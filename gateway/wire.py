@@ -158,6 +158,7 @@ def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
         layout=_layout(response.layout),
         device=response.device,
         weight_format=response.weight_format,
+        weight_format_reason=response.weight_format_reason,
         transports=tuple(response.transports),
         total_blocks=response.total_blocks,
         free_blocks=response.free_blocks,

@@ -93,7 +93,7 @@ class ModelRunner:
             raise UnsupportedModelError(
                 f"--weights {choice.format}: there are no kernels for it here; served are {', '.join(DTYPES)}"
             )
-        request = WeightRequest(files, config, DTYPES[choice.format], settings.device, settings.cache_directory)
+        request = WeightRequest(files, config, choice.format, settings.device, settings.cache_directory)
         return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
 
     def adopt_thread(self) -> None:

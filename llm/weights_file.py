@@ -18,22 +18,39 @@ import torch
 
 from llm.errors import WeightsError
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 64
+_ENTRY_BYTES = 160
+"""Room in the header for one tensor's entry: it is written after the tensors, whose shapes are not known before."""
+_IDENTITY = "tandem"
 
 
-def write_tensors(
-    path: Path, tensors: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
-    """Writes beside `path`, then renames, so that a reader sees a whole file or none. `shapes` holds every name, in order."""
+def write_tensors(path: Path, identity: str, tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> None:
+    """Writes beside `path`, then renames, so that a reader sees a whole file or none. `most` tensors at most.
+
+    `identity` says what the file holds; who reads it asks for the same.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    room = -(-(most + 2) * _ENTRY_BYTES // _ALIGNMENT) * _ALIGNMENT
+    entries: dict[str, Any] = {"__metadata__": {_IDENTITY: identity}}
     try:
         with partial.open("wb") as file:
-            file.write(_header(shapes))
-            for (name, tensor), (expected, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
-                assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype)
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            file.seek(room)
+            for name, tensor in _aligned_first(tensors):
+                start = file.tell() - room
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                span = [start, file.tell() - room]
+                entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+            file.seek(0)
+            file.write(_header(entries, room))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -41,32 +58,66 @@ def write_tensors(
         partial.unlink(missing_ok=True)
 
 
-def _header(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
-    entries: dict[str, Any] = {}
-    end = 0
-    for name, (shape, dtype) in shapes.items():
-        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+def _aligned_first(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those whose size would leave the next one unaligned come last: the format has no gaps."""
+    odd = []
+    for name, tensor in tensors:
+        if tensor.nbytes % _ALIGNMENT:
+            odd.append((name, tensor))
+        else:
+            yield name, tensor
+    yield from odd
+
+
+def _header(entries: dict[str, Any], room: int) -> bytes:
+    text = json.dumps(entries, separators=(",", ":")).encode().ljust(room - 8)
+    assert len(text) == room - 8, "more tensors, or longer names, than was said"
     return len(text).to_bytes(8, "little") + text
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors over a private mapping: pages are shared with every process that maps the file. Raises WeightsError."""
+def map_tensors(path: Path, identity: str) -> dict[str, torch.Tensor]:
+    """Tensors over a private mapping: pages are shared with every process that maps the file.
+
+    Raises WeightsError for a file that is cut off, or holds something else than `identity`.
+    """
     try:
         content = np.memmap(path, dtype=np.uint8, mode="c")
         length = int.from_bytes(content[:8].tobytes(), "little")
         entries = json.loads(content[8 : 8 + length].tobytes())
+        found = entries.pop("__metadata__")[_IDENTITY]
         data = torch.from_numpy(content[8 + length :])
+        if found != identity or data.numel() != max(entry["data_offsets"][1] for entry in entries.values()):
+            raise WeightsError(f"{path}: holds {found!r} in {data.numel()} bytes, not a whole {identity!r}")
         return {name: _tensor(data, entry) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not a readable weights file ({error}); delete it to have it made again") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: not a readable weights file: {error}") from error
 
 
 def _tensor(data: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
     start, end = entry["data_offsets"]
     return data[start:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def remove_oldest(directory: Path, keep_bytes: int, in_use: Path) -> None:
+    """Removes the weights files that were used longest ago until the rest have at most `keep_bytes`; never `in_use`.
+
+    A process that has one mapped keeps it. Two that clean up at once do no harm.
+    """
+    kept_bytes = 0
+    for path in sorted(directory.glob("*.safetensors"), key=_last_used, reverse=True):
+        with contextlib.suppress(FileNotFoundError):
+            kept_bytes += path.stat().st_size
+            if kept_bytes > keep_bytes and path != in_use:
+                path.unlink()
+                path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _last_used(path: Path) -> float:
+    """Opening a file for use sets its time of change."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 @contextlib.contextmanager

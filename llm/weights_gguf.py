@@ -9,7 +9,8 @@ import torch
 
 from llm.config import ModelConfig
 from llm.errors import UnsupportedModelError, WeightsError
-from llm.gguf_file import GgufFile
+from llm.gguf_file import GgufFile, GgufTensor
+from llm.weights_packed import GROUP, FourBitBlocks
 
 _NAMES = {
     "embedding": "token_embd.weight",
@@ -33,6 +34,8 @@ _LAYER_NAMES = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
+_Q4_0, _Q4_1 = 2, 3
+"""GGML's numbers of the types."""
 _LAYER = re.compile(r"layers\.(\d+)\.(\w+)")
 
 
@@ -50,26 +53,45 @@ class GgufSource:
         values = torch.from_numpy(self._dequantise(_gguf_name(part)))
         return self._undo_permutation(part.rpartition(".")[2], values)
 
+    def read_blocks(self, part: str) -> FourBitBlocks | None:
+        """Q4_1 is a scale, a minimum and 16 bytes whose low nibbles come first; Q4_0 has no minimum, and numbers around 8."""
+        name = _gguf_name(part)
+        info = self._file.tensors.get(name)
+        if info is None or info.kind not in (_Q4_0, _Q4_1) or len(info.shape) != 2:
+            return None
+        raw = self._raw(info).reshape(info.shape[0], info.shape[1] // GROUP, -1)
+        scales = raw[:, :, :2].copy().view(np.float16)[:, :, 0]
+        minima = raw[:, :, 2:4].copy().view(np.float16)[:, :, 0] if info.kind == _Q4_1 else scales * np.float16(-8)
+        halves = raw[:, :, -GROUP // 2 :]
+        nibbles = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(info.shape)
+        return FourBitBlocks(
+            *(self._undo_permutation(part.rpartition(".")[2], torch.from_numpy(each)).numpy() for each in (nibbles, scales, minima))
+        )
+
     def _dequantise(self, name: str) -> np.ndarray:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         info = self._file.tensors.get(name)
         if info is None:
             raise WeightsError(f"{self._file.path}: tensor {name} is missing")
         try:
-            kind = GGMLQuantizationType(info.kind)
-            block_values, block_bytes = GGML_QUANT_SIZES[kind]
-            row_bytes = info.shape[-1] // block_values * block_bytes
-            num_bytes = row_bytes * int(np.prod(info.shape[:-1], dtype=np.int64))
-            raw = self._bytes[info.offset : info.offset + num_bytes].reshape(*info.shape[:-1], row_bytes)
-            return np.array(dequantize(raw, kind), dtype=np.float32).reshape(info.shape)
+            return np.array(dequantize(self._raw(info), GGMLQuantizationType(info.kind)), dtype=np.float32).reshape(info.shape)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"{self._file.path}: tensor {name} has a type that cannot be dequantised: {error}"
             ) from error
         except (ValueError, KeyError) as error:
             raise WeightsError(f"{self._file.path}: tensor {name} is damaged: {error}") from error
+
+    def _raw(self, info: GgufTensor) -> np.ndarray:
+        """The tensor's bytes [..., row bytes]. ValueError if it ends beyond the file or is of an unknown type."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(info.kind)]
+        row_bytes = info.shape[-1] // block_values * block_bytes
+        num_bytes = row_bytes * int(np.prod(info.shape[:-1], dtype=np.int64))
+        return self._bytes[info.offset : info.offset + num_bytes].reshape(*info.shape[:-1], row_bytes)
 
     def _undo_permutation(self, part: str, values: torch.Tensor) -> torch.Tensor:
         """Converters of the llama architecture store each head's rows interleaved (0, d/2, 1, d/2 + 1, ...)."""

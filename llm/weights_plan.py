@@ -10,6 +10,7 @@ import torch
 
 from llm.config import ModelConfig, rope_frequencies
 from llm.errors import WeightsError
+from llm.weights_packed import FourBitBlocks
 
 ROPE = "rope_frequencies"
 
@@ -34,6 +35,10 @@ class Source(Protocol):
 
     def read(self, part: str) -> torch.Tensor:
         """The part in float32 on the CPU, q and k in the row order of rotate-half RoPE."""
+        ...
+
+    def read_blocks(self, part: str) -> FourBitBlocks | None:
+        """The part as its file has it, in the same order, if that is groups of four-bit numbers."""
         ...
 
 
@@ -76,7 +81,7 @@ def read_planned(planned: PlannedTensor, source: Source) -> torch.Tensor:
     return fused
 
 
-def rope_tensor(config: ModelConfig, source: Source) -> torch.Tensor:
+def rope_tensor(config: ModelConfig, source: Source | None = None) -> torch.Tensor:
     """[head_dim / 2] float32. Some files carry factors that divide the frequencies (Llama 3.1 in GGUF)."""
     frequencies = torch.tensor(rope_frequencies(config), dtype=torch.float32)
-    return frequencies / source.read("rope_factors") if source.has("rope_factors") else frequencies
+    return frequencies if source is None or not source.has("rope_factors") else frequencies / source.read("rope_factors")

@@ -30,6 +30,7 @@ class WorkerIdentity:
     device: str
     weight_format: str
     transports: tuple[str, ...]
+    weight_format_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             layout=identity.layout,
             device=identity.device,
             weight_format=identity.weight_format,
+            weight_format_reason=identity.weight_format_reason,
             total_blocks=snapshot.total_blocks,
             free_blocks=snapshot.free_blocks,
             queued_requests=snapshot.queued_requests,

@@ -13,7 +13,11 @@ class WeightSettings:
 
     device: str = field(default="cpu", metadata={"help": "cpu, cuda:N, or auto: the first GPU, and the CPU where there is none"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "weight format; float32 is exact, auto takes the fastest as measured at load"}
+        default="auto", metadata={"help": "what to compute in; float32 is exact, weights and KV; the others have bfloat16 KV"}
+    )
+    weights: Literal["auto", "fp32", "bf16", "int8", "int4"] = field(
+        default="auto",
+        metadata={"help": "weight format; auto: as --dtype says, else the fastest as measured at load of those that predict well"},
     )
     threads: int = field(default=0, metadata={"help": "threads to compute with; 0: one per core"})
 

@@ -58,7 +58,7 @@ class GpuModelRunner(ModelRunner):
         format = settings.told_format or "bf16"
         if format not in DTYPES:
             raise UnsupportedModelError(f"--weights {format}: a GPU computes with {' and '.join(DTYPES)}")
-        tensors = load_tensors(WeightRequest(files, config, DTYPES[format], settings.device, settings.cache_directory), report)
+        tensors = load_tensors(WeightRequest(files, config, format, settings.device, settings.cache_directory), report)
         return cls(config, tensors, settings)
 
     @property

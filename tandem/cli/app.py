@@ -10,7 +10,6 @@ import typer
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-FORMATS = ("fp32", "bf16", "int8", "int4")
 
 app = typer.Typer(
     help=(
@@ -27,11 +26,21 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
-    """How weights are held and multiplied."""
+    """What a model computes in."""
 
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Weights(StrEnum):
+    """How weights are held and multiplied."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 def _check_workers(text: str) -> str:
@@ -42,6 +51,10 @@ def _check_workers(text: str) -> str:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text
+
+
+def _value(choice: StrEnum | None) -> str | None:
+    return None if choice is None else choice.value
 
 
 Workers = Annotated[
@@ -63,7 +76,15 @@ def up(
     decode: Workers = "1",
     host: Annotated[str, typer.Option(help="Interface that the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, envvar="TANDEM_PORT", help="The gateway's gRPC port.")] = 50051,
-    dtype: Annotated[Dtype | None, typer.Option(help="Weight format; float32 is exact. Default: TANDEM_DTYPE or auto.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="float32 is exact, weights and KV; else KV is bfloat16. Default: TANDEM_DTYPE or auto.")
+    ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(help="Weight format; auto: the fastest here of those that predict well. Default: TANDEM_WEIGHTS or auto."),
+    ] = None,
+    prefill_weights: Annotated[Weights | None, typer.Option(help="Another weight format for prefill.")] = None,
+    decode_weights: Annotated[Weights | None, typer.Option(help="Another weight format for decode.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker. Default: its own choice.")] = None,
     ask: Annotated[list[str] | None, typer.Option(metavar="QUESTION", help="Ask this once it serves; repeatable.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
@@ -78,8 +99,16 @@ def up(
     from tandem.cli.seats import find_seats
     from tandem.cli.up import UpOptions, run_up
 
-    chosen = None if dtype is None else dtype.value
-    plan = SuitePlan(model, find_seats(prefill, decode), host=host, port=port, dtype=chosen, threads=threads)
+    plan = SuitePlan(
+        model,
+        find_seats(prefill, decode),
+        host=host,
+        port=port,
+        dtype=_value(dtype),
+        prefill_weights=_value(prefill_weights or weights),
+        decode_weights=_value(decode_weights or weights),
+        threads=threads,
+    )
     run_up(UpOptions(plan, questions=tuple(ask or ()), once=once, verbose=verbose))
 
 
@@ -165,9 +194,10 @@ def doctor(
 
 
 def _check_weights(text: str) -> str:
-    unknown = [name for item in text.split(",") for name in item.split("/") if name not in FORMATS]
+    formats = [format.value for format in Weights if format is not Weights.auto]
+    unknown = [name for item in text.split(",") for name in item.split("/") if name not in formats]
     if unknown or any(item.count("/") > 1 for item in text.split(",")):
-        raise typer.BadParameter(f"takes {', '.join(FORMATS)}, or two of them for prefill/decode, separated by commas")
+        raise typer.BadParameter(f"takes {', '.join(formats)}, or two of them for prefill/decode, separated by commas")
     return text
 
 

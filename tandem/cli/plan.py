@@ -23,6 +23,8 @@ class SuitePlan:
     host: str = LOOPBACK
     port: int = 50051
     dtype: str | None = None
+    prefill_weights: str | None = None
+    decode_weights: str | None = None
     threads: int | None = None
 
     @property
@@ -74,6 +76,7 @@ def _worker(plan: SuitePlan, name: str, seat: Seat, port: int) -> Member:
         "--device": seat.device,
         "--gpu-memory-fraction": seat.memory_fraction,
         "--dtype": plan.dtype,
+        "--weights": plan.prefill_weights if role == "prefill" else plan.decode_weights,
         "--threads": plan.threads,
     }
     flags = [part for flag, value in optional.items() if value is not None for part in (flag, str(value))]

@@ -142,6 +142,8 @@ class _Suite:
         )
         console.print(Text.assemble(("gateway", "bold"), f" {self._plan.address} (gRPC)"))
         console.print(workers_table(suite))
+        for line in _weight_reasons(suite.workers):
+            console.print(line, soft_wrap=True)
         name, reason = _transport(suite.workers)
         console.print(Text.assemble(("hand-off", "bold"), f" over {name}: {reason}"), soft_wrap=True)
         console.print(self._examples())
@@ -173,6 +175,17 @@ class _Suite:
 async def _get_model(gateway: Gateway) -> model_pb2.Model:
     response: model_pb2.GetModelResponse = await gateway.models.GetModel(model_pb2.GetModelRequest(), timeout=QUICK_S)
     return response.model
+
+
+def _weight_reasons(workers: Sequence[operations_pb2.WorkerSummary]) -> list[Text]:
+    """Why each role has its weight format; workers of a role that agree share a line."""
+    roles = {operations_pb2.WORKER_ROLE_PREFILL: "prefill", operations_pb2.WORKER_ROLE_DECODE: "decode"}
+    told = {(worker.role, worker.weight_format, worker.weight_format_reason): None for worker in workers}
+    return [
+        Text.assemble((f"{roles[role]} weights", "bold"), f" {format}: {reason}")
+        for role, format, reason in sorted(told)
+        if reason and role in roles
+    ]
 
 
 def _transport(workers: Sequence[operations_pb2.WorkerSummary]) -> tuple[str, str]:

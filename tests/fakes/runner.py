@@ -56,7 +56,7 @@ class FakeRunner:
     """
 
     config = SimpleNamespace(vocab_size=VOCABULARY_SIZE, context_tokens=CONTEXT_TOKENS, num_layers=2, num_kv_heads=1, head_dim=4)
-    weight_format = "fake"
+    weight_format = weight_format_reason = "fake"
     device_description = "fake"
 
     def __init__(self, pool: KvPool, token: TokenFunction = next_token) -> None:

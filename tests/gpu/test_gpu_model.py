@@ -60,7 +60,7 @@ def config():
 
 @pytest.fixture
 def tensors(config, device, tmp_path):
-    return load_tensors(WeightRequest(Files(), config, "bfloat16", str(device), tmp_path), lambda fraction, text: None)
+    return load_tensors(WeightRequest(Files(), config, "bf16", str(device), tmp_path), lambda fraction, text: None)
 
 
 def make_runner(config, tensors, attention, max_batch=0):

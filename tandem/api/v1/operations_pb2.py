@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tandem.api.v1 import generation_pb2 as tandem_dot_api_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/api/v1/operations.proto\x12\rtandem.api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etandem/api/v1/generation.proto\"\x11\n\x0fGetSuiteRequest\"\xd5\x01\n\x10GetSuiteResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12-\n\x07workers\x18\x03 \x03(\x0b\x32\x1c.tandem.api.v1.WorkerSummary\x12.\n\x08requests\x18\x04 \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12/\n\x08\x66\x61ilover\x18\x05 \x01(\x0b\x32\x1d.tandem.api.v1.FailoverCounts\"]\n\x0e\x46\x61iloverCounts\x12\x0f\n\x07retries\x18\x01 \x01(\x04\x12\x12\n\nmigrations\x18\x02 \x01(\x04\x12\x13\n\x0bquarantined\x18\x03 \x01(\x04\x12\x11\n\tejections\x18\x04 \x01(\x04\"\xc8\x03\n\rWorkerSummary\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.tandem.api.v1.WorkerRole\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x15\n\rweight_format\x18\x06 \x01(\t\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x08 \x01(\r\x12\x17\n\x0fqueued_requests\x18\t \x01(\r\x12\x15\n\rqueued_tokens\x18\n \x01(\x04\x12\x18\n\x10running_requests\x18\x0b \x01(\r\x12\x19\n\x11tokens_per_second\x18\x0c \x01(\x01\x12\x12\n\ntransports\x18\r \x03(\t\x12\x31\n\tcondition\x18\x0e \x01(\x0e\x32\x1e.tandem.api.v1.WorkerCondition\x12.\n\x08requests\x18\x0f \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12-\n\x07handoff\x18\x10 \x01(\x0b\x32\x1c.tandem.api.v1.HandoffCounts\"b\n\rRequestCounts\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\n\n\x02ok\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\"g\n\rHandoffCounts\x12,\n\x07tickets\x18\x01 \x01(\x0b\x32\x1b.tandem.api.v1.TicketCounts\x12(\n\x05pulls\x18\x02 \x03(\x0b\x32\x19.tandem.api.v1.PullCounts\"\x91\x01\n\x0cTicketCounts\x12\x0f\n\x07granted\x18\x01 \x01(\x04\x12\x10\n\x08released\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x04 \x01(\x04\x12\r\n\x05stale\x18\x05 \x01(\x04\x12\x10\n\x08silenced\x18\x06 \x01(\x04\x12\x1b\n\x13refused_connections\x18\x07 \x01(\x04\"\xe7\x01\n\nPullCounts\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12+\n\ttransport\x18\x02 \x01(\x0e\x32\x18.tandem.api.v1.Transport\x12\x0e\n\x06pulled\x18\x03 \x01(\x04\x12\x15\n\rpulled_blocks\x18\x04 \x01(\x04\x12\x11\n\trefetched\x18\x05 \x01(\x04\x12\x19\n\x11\x63hecksum_failures\x18\x06 \x01(\x04\x12\r\n\x05stale\x18\x07 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x08 \x01(\x04\x12\x0f\n\x07resumed\x18\t \x01(\x04\x12\x13\n\x0binterrupted\x18\n \x01(\x04\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"6\n\x10GetTraceResponse\x12\"\n\x05spans\x18\x01 \x03(\x0b\x32\x13.tandem.api.v1.Span\"\xde\x01\n\x04Span\x12\x0f\n\x07span_id\x18\x01 \x01(\t\x12\x16\n\x0eparent_span_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07service\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\nattributes\x18\x07 \x03(\x0b\x32\x1c.tandem.api.v1.SpanAttribute\"+\n\rSpanAttribute\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t*\x8e\x01\n\x0fWorkerCondition\x12 \n\x1cWORKER_CONDITION_UNSPECIFIED\x10\x00\x12\x1c\n\x18WORKER_CONDITION_SERVING\x10\x01\x12\x1d\n\x19WORKER_CONDITION_DRAINING\x10\x02\x12\x1c\n\x18WORKER_CONDITION_STALLED\x10\x03*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xad\x01\n\x11OperationsService\x12K\n\x08GetSuite\x12\x1e.tandem.api.v1.GetSuiteRequest\x1a\x1f.tandem.api.v1.GetSuiteResponse\x12K\n\x08GetTrace\x12\x1e.tandem.api.v1.GetTraceRequest\x1a\x1f.tandem.api.v1.GetTraceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/api/v1/operations.proto\x12\rtandem.api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etandem/api/v1/generation.proto\"\x11\n\x0fGetSuiteRequest\"\xd5\x01\n\x10GetSuiteResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12-\n\x07workers\x18\x03 \x03(\x0b\x32\x1c.tandem.api.v1.WorkerSummary\x12.\n\x08requests\x18\x04 \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12/\n\x08\x66\x61ilover\x18\x05 \x01(\x0b\x32\x1d.tandem.api.v1.FailoverCounts\"]\n\x0e\x46\x61iloverCounts\x12\x0f\n\x07retries\x18\x01 \x01(\x04\x12\x12\n\nmigrations\x18\x02 \x01(\x04\x12\x13\n\x0bquarantined\x18\x03 \x01(\x04\x12\x11\n\tejections\x18\x04 \x01(\x04\"\xe6\x03\n\rWorkerSummary\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.tandem.api.v1.WorkerRole\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x15\n\rweight_format\x18\x06 \x01(\t\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x08 \x01(\r\x12\x17\n\x0fqueued_requests\x18\t \x01(\r\x12\x15\n\rqueued_tokens\x18\n \x01(\x04\x12\x18\n\x10running_requests\x18\x0b \x01(\r\x12\x19\n\x11tokens_per_second\x18\x0c \x01(\x01\x12\x12\n\ntransports\x18\r \x03(\t\x12\x31\n\tcondition\x18\x0e \x01(\x0e\x32\x1e.tandem.api.v1.WorkerCondition\x12.\n\x08requests\x18\x0f \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12-\n\x07handoff\x18\x10 \x01(\x0b\x32\x1c.tandem.api.v1.HandoffCounts\x12\x1c\n\x14weight_format_reason\x18\x11 \x01(\t\"b\n\rRequestCounts\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\n\n\x02ok\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\"g\n\rHandoffCounts\x12,\n\x07tickets\x18\x01 \x01(\x0b\x32\x1b.tandem.api.v1.TicketCounts\x12(\n\x05pulls\x18\x02 \x03(\x0b\x32\x19.tandem.api.v1.PullCounts\"\x91\x01\n\x0cTicketCounts\x12\x0f\n\x07granted\x18\x01 \x01(\x04\x12\x10\n\x08released\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x04 \x01(\x04\x12\r\n\x05stale\x18\x05 \x01(\x04\x12\x10\n\x08silenced\x18\x06 \x01(\x04\x12\x1b\n\x13refused_connections\x18\x07 \x01(\x04\"\xe7\x01\n\nPullCounts\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12+\n\ttransport\x18\x02 \x01(\x0e\x32\x18.tandem.api.v1.Transport\x12\x0e\n\x06pulled\x18\x03 \x01(\x04\x12\x15\n\rpulled_blocks\x18\x04 \x01(\x04\x12\x11\n\trefetched\x18\x05 \x01(\x04\x12\x19\n\x11\x63hecksum_failures\x18\x06 \x01(\x04\x12\r\n\x05stale\x18\x07 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x08 \x01(\x04\x12\x0f\n\x07resumed\x18\t \x01(\x04\x12\x13\n\x0binterrupted\x18\n \x01(\x04\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"6\n\x10GetTraceResponse\x12\"\n\x05spans\x18\x01 \x03(\x0b\x32\x13.tandem.api.v1.Span\"\xde\x01\n\x04Span\x12\x0f\n\x07span_id\x18\x01 \x01(\t\x12\x16\n\x0eparent_span_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07service\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\nattributes\x18\x07 \x03(\x0b\x32\x1c.tandem.api.v1.SpanAttribute\"+\n\rSpanAttribute\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t*\x8e\x01\n\x0fWorkerCondition\x12 \n\x1cWORKER_CONDITION_UNSPECIFIED\x10\x00\x12\x1c\n\x18WORKER_CONDITION_SERVING\x10\x01\x12\x1d\n\x19WORKER_CONDITION_DRAINING\x10\x02\x12\x1c\n\x18WORKER_CONDITION_STALLED\x10\x03*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xad\x01\n\x11OperationsService\x12K\n\x08GetSuite\x12\x1e.tandem.api.v1.GetSuiteRequest\x1a\x1f.tandem.api.v1.GetSuiteResponse\x12K\n\x08GetTrace\x12\x1e.tandem.api.v1.GetTraceRequest\x1a\x1f.tandem.api.v1.GetTraceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.v1.operations_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERCONDITION']._serialized_start=1854
-  _globals['_WORKERCONDITION']._serialized_end=1996
-  _globals['_WORKERROLE']._serialized_start=1998
-  _globals['_WORKERROLE']._serialized_end=2088
+  _globals['_WORKERCONDITION']._serialized_start=1884
+  _globals['_WORKERCONDITION']._serialized_end=2026
+  _globals['_WORKERROLE']._serialized_start=2028
+  _globals['_WORKERROLE']._serialized_end=2118
   _globals['_GETSUITEREQUEST']._serialized_start=114
   _globals['_GETSUITEREQUEST']._serialized_end=131
   _globals['_GETSUITERESPONSE']._serialized_start=134
@@ -44,23 +44,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILOVERCOUNTS']._serialized_start=349
   _globals['_FAILOVERCOUNTS']._serialized_end=442
   _globals['_WORKERSUMMARY']._serialized_start=445
-  _globals['_WORKERSUMMARY']._serialized_end=901
-  _globals['_REQUESTCOUNTS']._serialized_start=903
-  _globals['_REQUESTCOUNTS']._serialized_end=1001
-  _globals['_HANDOFFCOUNTS']._serialized_start=1003
-  _globals['_HANDOFFCOUNTS']._serialized_end=1106
-  _globals['_TICKETCOUNTS']._serialized_start=1109
-  _globals['_TICKETCOUNTS']._serialized_end=1254
-  _globals['_PULLCOUNTS']._serialized_start=1257
-  _globals['_PULLCOUNTS']._serialized_end=1488
-  _globals['_GETTRACEREQUEST']._serialized_start=1490
-  _globals['_GETTRACEREQUEST']._serialized_end=1525
-  _globals['_GETTRACERESPONSE']._serialized_start=1527
-  _globals['_GETTRACERESPONSE']._serialized_end=1581
-  _globals['_SPAN']._serialized_start=1584
-  _globals['_SPAN']._serialized_end=1806
-  _globals['_SPANATTRIBUTE']._serialized_start=1808
-  _globals['_SPANATTRIBUTE']._serialized_end=1851
-  _globals['_OPERATIONSSERVICE']._serialized_start=2091
-  _globals['_OPERATIONSSERVICE']._serialized_end=2264
+  _globals['_WORKERSUMMARY']._serialized_end=931
+  _globals['_REQUESTCOUNTS']._serialized_start=933
+  _globals['_REQUESTCOUNTS']._serialized_end=1031
+  _globals['_HANDOFFCOUNTS']._serialized_start=1033
+  _globals['_HANDOFFCOUNTS']._serialized_end=1136
+  _globals['_TICKETCOUNTS']._serialized_start=1139
+  _globals['_TICKETCOUNTS']._serialized_end=1284
+  _globals['_PULLCOUNTS']._serialized_start=1287
+  _globals['_PULLCOUNTS']._serialized_end=1518
+  _globals['_GETTRACEREQUEST']._serialized_start=1520
+  _globals['_GETTRACEREQUEST']._serialized_end=1555
+  _globals['_GETTRACERESPONSE']._serialized_start=1557
+  _globals['_GETTRACERESPONSE']._serialized_end=1611
+  _globals['_SPAN']._serialized_start=1614
+  _globals['_SPAN']._serialized_end=1836
+  _globals['_SPANATTRIBUTE']._serialized_start=1838
+  _globals['_SPANATTRIBUTE']._serialized_end=1881
+  _globals['_OPERATIONSSERVICE']._serialized_start=2121
+  _globals['_OPERATIONSSERVICE']._serialized_end=2294
 # @@protoc_insertion_point(module_scope)

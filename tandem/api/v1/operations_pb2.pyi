@@ -62,7 +62,7 @@ class FailoverCounts(_message.Message):
     def __init__(self, retries: _Optional[int] = ..., migrations: _Optional[int] = ..., quarantined: _Optional[int] = ..., ejections: _Optional[int] = ...) -> None: ...
 
 class WorkerSummary(_message.Message):
-    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests", "handoff")
+    __slots__ = ("address", "worker_id", "role", "ready", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "tokens_per_second", "transports", "condition", "requests", "handoff", "weight_format_reason")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class WorkerSummary(_message.Message):
     CONDITION_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FORMAT_REASON_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     role: WorkerRole
@@ -95,7 +96,8 @@ class WorkerSummary(_message.Message):
     condition: WorkerCondition
     requests: RequestCounts
     handoff: HandoffCounts
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[WorkerCondition, str]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ..., handoff: _Optional[_Union[HandoffCounts, _Mapping]] = ...) -> None: ...
+    weight_format_reason: str
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., ready: _Optional[bool] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[WorkerCondition, str]] = ..., requests: _Optional[_Union[RequestCounts, _Mapping]] = ..., handoff: _Optional[_Union[HandoffCounts, _Mapping]] = ..., weight_format_reason: _Optional[str] = ...) -> None: ...
 
 class RequestCounts(_message.Message):
     __slots__ = ("received", "ok", "cancelled", "rejected", "failed")

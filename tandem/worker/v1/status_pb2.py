@@ -26,7 +26,7 @@ from tandem.api.v1 import operations_pb2 as tandem_dot_api_dot_v1_dot_operations
 from tandem.worker.v1 import kv_pb2 as tandem_dot_worker_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/worker/v1/status.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/operations.proto\x1a\x19tandem/worker/v1/kv.proto\"\x0e\n\x0cWatchRequest\"\xc2\x04\n\rWatchResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.tandem.api.v1.WorkerRole\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x06 \x01(\t\x12*\n\x06layout\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.KvLayout\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x15\n\rweight_format\x18\t \x01(\t\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r\x12\x15\n\rqueued_tokens\x18\r \x01(\x04\x12\x18\n\x10running_requests\x18\x0e \x01(\r\x12\x14\n\x0cmax_requests\x18\x0f \x01(\r\x12\x19\n\x11tokens_per_second\x18\x10 \x01(\x01\x12\x12\n\ntransports\x18\x11 \x03(\t\x12\x31\n\tcondition\x18\x12 \x01(\x0e\x32\x1e.tandem.api.v1.WorkerCondition\x12.\n\x08requests\x18\x13 \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12-\n\x07handoff\x18\x14 \x01(\x0b\x32\x1c.tandem.api.v1.HandoffCounts\"#\n\x0fGetSpansRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"6\n\x10GetSpansResponse\x12\"\n\x05spans\x18\x01 \x03(\x0b\x32\x13.tandem.api.v1.Span2\xb4\x01\n\x13WorkerStatusService\x12J\n\x05Watch\x12\x1e.tandem.worker.v1.WatchRequest\x1a\x1f.tandem.worker.v1.WatchResponse0\x01\x12Q\n\x08GetSpans\x12!.tandem.worker.v1.GetSpansRequest\x1a\".tandem.worker.v1.GetSpansResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/worker/v1/status.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/operations.proto\x1a\x19tandem/worker/v1/kv.proto\"\x0e\n\x0cWatchRequest\"\xe0\x04\n\rWatchResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.tandem.api.v1.WorkerRole\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x06 \x01(\t\x12*\n\x06layout\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.KvLayout\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x15\n\rweight_format\x18\t \x01(\t\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r\x12\x15\n\rqueued_tokens\x18\r \x01(\x04\x12\x18\n\x10running_requests\x18\x0e \x01(\r\x12\x14\n\x0cmax_requests\x18\x0f \x01(\r\x12\x19\n\x11tokens_per_second\x18\x10 \x01(\x01\x12\x12\n\ntransports\x18\x11 \x03(\t\x12\x31\n\tcondition\x18\x12 \x01(\x0e\x32\x1e.tandem.api.v1.WorkerCondition\x12.\n\x08requests\x18\x13 \x01(\x0b\x32\x1c.tandem.api.v1.RequestCounts\x12-\n\x07handoff\x18\x14 \x01(\x0b\x32\x1c.tandem.api.v1.HandoffCounts\x12\x1c\n\x14weight_format_reason\x18\x15 \x01(\t\"#\n\x0fGetSpansRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"6\n\x10GetSpansResponse\x12\"\n\x05spans\x18\x01 \x03(\x0b\x32\x13.tandem.api.v1.Span2\xb4\x01\n\x13WorkerStatusService\x12J\n\x05Watch\x12\x1e.tandem.worker.v1.WatchRequest\x1a\x1f.tandem.worker.v1.WatchResponse0\x01\x12Q\n\x08GetSpans\x12!.tandem.worker.v1.GetSpansRequest\x1a\".tandem.worker.v1.GetSpansResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=110
   _globals['_WATCHREQUEST']._serialized_end=124
   _globals['_WATCHRESPONSE']._serialized_start=127
-  _globals['_WATCHRESPONSE']._serialized_end=705
-  _globals['_GETSPANSREQUEST']._serialized_start=707
-  _globals['_GETSPANSREQUEST']._serialized_end=742
-  _globals['_GETSPANSRESPONSE']._serialized_start=744
-  _globals['_GETSPANSRESPONSE']._serialized_end=798
-  _globals['_WORKERSTATUSSERVICE']._serialized_start=801
-  _globals['_WORKERSTATUSSERVICE']._serialized_end=981
+  _globals['_WATCHRESPONSE']._serialized_end=735
+  _globals['_GETSPANSREQUEST']._serialized_start=737
+  _globals['_GETSPANSREQUEST']._serialized_end=772
+  _globals['_GETSPANSRESPONSE']._serialized_start=774
+  _globals['_GETSPANSRESPONSE']._serialized_end=828
+  _globals['_WORKERSTATUSSERVICE']._serialized_start=831
+  _globals['_WORKERSTATUSSERVICE']._serialized_end=1011
 # @@protoc_insertion_point(module_scope)

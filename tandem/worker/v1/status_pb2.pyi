@@ -13,7 +13,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("sequence_number", "worker_id", "role", "ready", "model_digest", "tokenizer_digest", "layout", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "max_requests", "tokens_per_second", "transports", "condition", "requests", "handoff")
+    __slots__ = ("sequence_number", "worker_id", "role", "ready", "model_digest", "tokenizer_digest", "layout", "device", "weight_format", "total_blocks", "free_blocks", "queued_requests", "queued_tokens", "running_requests", "max_requests", "tokens_per_second", "transports", "condition", "requests", "handoff", "weight_format_reason")
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class WatchResponse(_message.Message):
     CONDITION_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FORMAT_REASON_FIELD_NUMBER: _ClassVar[int]
     sequence_number: int
     worker_id: str
     role: _operations_pb2.WorkerRole
@@ -54,7 +55,8 @@ class WatchResponse(_message.Message):
     condition: _operations_pb2.WorkerCondition
     requests: _operations_pb2.RequestCounts
     handoff: _operations_pb2.HandoffCounts
-    def __init__(self, sequence_number: _Optional[int] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[_operations_pb2.WorkerRole, str]] = ..., ready: _Optional[bool] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[_kv_pb2.KvLayout, _Mapping]] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., max_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[_operations_pb2.WorkerCondition, str]] = ..., requests: _Optional[_Union[_operations_pb2.RequestCounts, _Mapping]] = ..., handoff: _Optional[_Union[_operations_pb2.HandoffCounts, _Mapping]] = ...) -> None: ...
+    weight_format_reason: str
+    def __init__(self, sequence_number: _Optional[int] = ..., worker_id: _Optional[str] = ..., role: _Optional[_Union[_operations_pb2.WorkerRole, str]] = ..., ready: _Optional[bool] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[_kv_pb2.KvLayout, _Mapping]] = ..., device: _Optional[str] = ..., weight_format: _Optional[str] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., max_requests: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., transports: _Optional[_Iterable[str]] = ..., condition: _Optional[_Union[_operations_pb2.WorkerCondition, str]] = ..., requests: _Optional[_Union[_operations_pb2.RequestCounts, _Mapping]] = ..., handoff: _Optional[_Union[_operations_pb2.HandoffCounts, _Mapping]] = ..., weight_format_reason: _Optional[str] = ...) -> None: ...
 
 class GetSpansRequest(_message.Message):
     __slots__ = ("trace_id",)

@@ -31,11 +31,17 @@ def test_targets_are_listed_and_all_ports_differ() -> None:
 
 def test_unset_options_are_left_to_the_environment() -> None:
     assert (
-        not {"--dtype", "--threads", "--device", "--gpu-memory-fraction"}
+        not {"--dtype", "--weights", "--threads", "--device", "--gpu-memory-fraction"}
         & flags(plan_members(SuitePlan("m"))[1].spec.command).keys()
     )
     told = flags(plan_members(SuitePlan("m", dtype="float32", threads=2))[2].spec.command)
     assert (told["--dtype"], told["--threads"], told["--model"]) == ("float32", "2", "m")
+
+
+def test_each_role_is_told_its_weights() -> None:
+    _, prefill, decode = plan_members(SuitePlan("m", prefill_weights="int8"))
+    assert flags(prefill.spec.command)["--weights"] == "int8"
+    assert "--weights" not in flags(decode.spec.command)
 
 
 def test_each_worker_is_told_its_device_and_its_share() -> None:

@@ -65,7 +65,7 @@ def config(request):
 
 @pytest.fixture
 def tensors(config, device, tmp_path):
-    tensors = load_tensors(WeightRequest(Files(), config, "float32", str(device), tmp_path), lambda fraction, text: None)
+    tensors = load_tensors(WeightRequest(Files(), config, "fp32", str(device), tmp_path), lambda fraction, text: None)
     return {name: tensor * 4 if tensor.dim() == 2 else tensor + 0.1 * torch.rand_like(tensor) for name, tensor in tensors.items()}
 
 

@@ -43,7 +43,7 @@ def make_runner(
     settings = RunnerSettings("decode", dtype=dtype, threads=2, cache_directory=Path("unused"))  # type: ignore[arg-type]
     config = load_model_config(files.format, None, files.random_config)
     runner = ModelRunner.load(files, settings)
-    tensors = load_tensors(WeightRequest(files, config, dtype, "cpu", Path("unused")), lambda *_: None)  # type: ignore[arg-type]
+    tensors = load_tensors(WeightRequest(files, config, runner.weight_format, "cpu", Path("unused")), lambda *_: None)
     tensors = {
         name: tensor * 10 if tensor.ndim == 2 else tensor + 0.1 * torch.arange(len(tensor)).cos()
         for name, tensor in tensors.items()

@@ -1,7 +1,9 @@
 """Weights from GGUF files, Hugging Face directories and seeds, converted once and mapped."""
 
 import json
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from llm.config import load_model_config
 from llm.errors import WeightsError
 from llm.gguf_file import open_gguf
 from llm.weights import WeightRequest, load_tensors
-from llm.weights_file import map_tensors
+from llm.weights_file import map_tensors, remove_oldest, write_tensors
 from tests.unit.llm.conftest import Files, tiny_config
 
 Kind = gguf.GGMLQuantizationType
@@ -114,9 +116,9 @@ def gguf_name(name: str) -> str:
     return f"blk.{index}.{GGUF_NAMES[part]}.{suffix}"
 
 
-def load(files: Files, cache: Path, dtype: Any = "float32") -> dict[str, torch.Tensor]:
+def load(files: Files, cache: Path, format: Any = "fp32") -> dict[str, torch.Tensor]:
     config = load_model_config(files.format, files.path, files.random_config)
-    return load_tensors(WeightRequest(files, config, dtype, "cpu", cache), lambda *_: None)
+    return load_tensors(WeightRequest(files, config, format, "cpu", cache), lambda *_: None)
 
 
 def expect(tensors: dict[str, torch.Tensor], source: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
@@ -238,7 +240,7 @@ def test_a_directory_without_weights(tmp_path: Path) -> None:
 
 def test_bfloat16_matrices_and_float32_vectors(tmp_path: Path) -> None:
     source = checkpoint(tiny_config())
-    tensors = load(write_directory(tmp_path, tiny_config(), source), tmp_path / "cache", "bfloat16")
+    tensors = load(write_directory(tmp_path, tiny_config(), source), tmp_path / "cache", "bf16")
     expect({name: tensor for name, tensor in tensors.items()}, source, 4e-3)
     assert {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2} == {torch.bfloat16}
     assert {tensor.dtype for tensor in tensors.values() if tensor.ndim == 1} == {torch.float32}
@@ -247,7 +249,7 @@ def test_bfloat16_matrices_and_float32_vectors(tmp_path: Path) -> None:
 def test_workers_that_start_together_convert_once(tmp_path: Path) -> None:
     files = write_directory(tmp_path, tiny_config(), checkpoint(tiny_config()))
     config, seen = load_model_config("huggingface", tmp_path, None), []
-    request = WeightRequest(files, config, "float32", "cpu", tmp_path / "cache")
+    request = WeightRequest(files, config, "fp32", "cpu", tmp_path / "cache")
     threads = [threading.Thread(target=load_tensors, args=(request, lambda fraction, text: seen.append(text))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -260,7 +262,7 @@ def test_workers_that_start_together_convert_once(tmp_path: Path) -> None:
 def test_other_formats_and_digests_have_their_own_files(tmp_path: Path) -> None:
     files = write_directory(tmp_path, tiny_config(), checkpoint(tiny_config()))
     load(files, tmp_path / "cache")
-    load(files, tmp_path / "cache", "bfloat16")
+    load(files, tmp_path / "cache", "bf16")
     load(Files("test", "huggingface", tmp_path, digest="sha256:../../x"), tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "converted").glob("*.safetensors"))) == 3
 
@@ -274,12 +276,64 @@ def test_converted_files_are_plain_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())
 
 
-@pytest.mark.parametrize("length", [0, 4, 100])
-def test_a_damaged_converted_file_says_what_to_do(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes((200).to_bytes(8, "little")[:length] + b"{" * max(0, length - 8))
-    with pytest.raises(WeightsError, match="delete it"):
-        map_tensors(path)
+def converted(cache: Path) -> Path:
+    (path,) = (cache / "converted").glob("*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("damage", [b"", b"{{{{", (200).to_bytes(8, "little") + b"{" * 100, "cut off", "longer", "another's"])
+def test_a_damaged_or_foreign_converted_file_is_made_again(tmp_path: Path, damage: Any) -> None:
+    files = write_directory(tmp_path, tiny_config(), checkpoint(tiny_config()))
+    expected = {name: tensor.clone() for name, tensor in load(files, tmp_path / "cache").items()}
+    path = converted(tmp_path / "cache")
+    whole = path.read_bytes()
+    broken = {
+        "cut off": whole[:-1],
+        "longer": whole + b"x",
+        "another's": whole.replace(files.digest.encode(), b"x" * len(files.digest)),
+    }
+    path.write_bytes(broken.get(damage, damage))
+    again = load(files, tmp_path / "cache")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+    assert path.read_bytes() == whole
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(4)
+        raise WeightsError("damaged")
+
+    with pytest.raises(WeightsError):
+        write_tensors(tmp_path / "x.safetensors", "x", tensors(), 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_matrices_of_a_converted_file_are_aligned(tmp_path: Path) -> None:
+    tensors = [("odd", torch.zeros(3)), ("a", torch.zeros(16, 4)), ("bytes", torch.zeros(64, dtype=torch.int8))]
+    write_tensors(tmp_path / "x.safetensors", "x", tensors, 3)
+    found = map_tensors(tmp_path / "x.safetensors", "x")
+    assert found.keys() == {"a", "bytes", "odd"}
+    assert [found[name].data_ptr() % 64 for name in ("a", "bytes")] == [0, 0]
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    for age, name in enumerate("abcd"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(10))
+        (tmp_path / f"{name}.lock").touch()
+        os.utime(tmp_path / f"{name}.safetensors", (1000 - age, 1000 - age))
+    remove_oldest(tmp_path, 25, in_use=tmp_path / "d.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.{kind}" for name in "abd" for kind in ("lock", "safetensors")
+    ]
+    assert all(tensor_file.stat().st_size == 10 for tensor_file in tmp_path.glob("*.safetensors"))
+
+
+def test_loading_counts_as_use(tmp_path: Path) -> None:
+    files = write_directory(tmp_path, tiny_config(), checkpoint(tiny_config()))
+    load(files, tmp_path / "cache")
+    os.utime(converted(tmp_path / "cache"), (1, 1))
+    load(files, tmp_path / "cache")
+    assert converted(tmp_path / "cache").stat().st_mtime > 1
 
 
 def test_random_weights_follow_the_name(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Matrices packed for the integer kernels, as plain tensors: NAME.values, NAME.scales and what else the format has.
+
+What the bytes mean is the kernels' affair (llm/ops/cpu/packed.py); here is which matrix gets which format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm.weight_format import WeightFormat
+
+GROUP = 32
+"""Weights that share a scale in a four-bit format."""
+
+
+@dataclass(frozen=True)
+class FourBitBlocks:
+    """A matrix [out, in] as value = scale * nibble + minimum, by groups of 32 along a row."""
+
+    nibbles: npt.NDArray[np.uint8]
+    """[out, in], 0 to 15"""
+    scales: npt.NDArray[np.float16]
+    """[out, in / 32]"""
+    minima: npt.NDArray[np.float16]
+    """[out, in / 32]"""
+
+
+def join_blocks(parts: Sequence[FourBitBlocks | None]) -> FourBitBlocks | None:
+    """Stacked along the rows; None if one part is not such."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    arrays = ([getattr(part, name) for part in known] for name in ("nibbles", "scales", "minima"))
+    return FourBitBlocks(*map(np.concatenate, arrays))
+
+
+def packing_version() -> str:
+    """Another text whenever the layout of packed matrices changes."""
+    from llm.ops.cpu.packed import LAYOUT_VERSION
+
+    return f"p{LAYOUT_VERSION}"
+
+
+def pack_matrix(
+    name: str, weight: torch.Tensor, format: WeightFormat, blocks: FourBitBlocks | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parts of `weight` [out, in] float32, from `blocks` unchanged where they are given and suit the format.
+
+    The head takes eight bits at least. A matrix that cannot have the format gets eight bits, else bfloat16 under its own name.
+    """
+    from llm.ops.cpu import packed
+
+    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    if format == "int4" and name != "head" and packed.refusal("int4", shape) is None:
+        values = weight.numpy()
+        matrix = (
+            packed.pack_int4(values) if blocks is None else packed.pack_int4_blocks(blocks.nibbles, blocks.scales, blocks.minima)
+        )
+        yield from _parts(name, matrix.arrays())
+    elif packed.refusal("int8", shape) is None:
+        yield from _parts(name, packed.pack_int8(weight.numpy()).arrays())
+    else:
+        yield name, weight.to(torch.bfloat16)
+
+
+def _parts(name: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copied, so that they begin where torch has its memory begin."""
+    for part, array in arrays.items():
+        yield f"{name}.{part}", torch.from_numpy(array).clone()
+
+
+def parts_of(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor] | None:
+    """The parts of a packed matrix by their own names; None for one that is a plain tensor."""
+    if name in tensors:
+        return None
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def packed_format(tensors: Mapping[str, torch.Tensor], name: str) -> WeightFormat | None:
+    """What a matrix is packed as; None for a plain tensor."""
+    if name in tensors:
+        return None
+    return "int4" if tensors[f"{name}.scales"].dtype == torch.float16 else "int8"
