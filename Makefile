@@ -5,7 +5,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lint protos bench chaos sim clean
+.PHONY: run test lint protos bench bench-cpu chaos sim clean
 
 run: .venv/installed
 	$(BIN)/tandem up --ask "What is the capital of France?" $(ARGS)
@@ -23,6 +23,9 @@ protos: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python -m bench.serve $(ARGS)
+
+bench-cpu: .venv/installed-bench
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.faults.chaos $(ARGS)

@@ -162,11 +162,11 @@ def _positive_rate(text: str) -> float:
 
 
 def read_trace(path: Path) -> list[tuple[float, int, int]]:
-    """Moment in seconds, prompt and completion tokens, by moment; a first row of names is skipped. ValueError if malformed."""
+    """Moment in seconds, prompt and completion tokens, by moment; rows of names at the top are skipped. ValueError if malformed."""
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         for line, fields in enumerate(csv.reader(file)):
-            if not fields or (line == 0 and len(fields) > 1 and not fields[1].strip().isdigit()):
+            if not fields or (not rows and not any(_is_value(field) for field in fields)):
                 continue
             try:
                 rows.append((_moment(fields[0]), int(fields[1]), int(fields[2])))
@@ -175,6 +175,14 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
     if not rows:
         raise ValueError(f"{path} has no requests")
     return sorted(rows)
+
+
+def _is_value(text: str) -> bool:
+    try:
+        _moment(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _moment(text: str) -> float:

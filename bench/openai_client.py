@@ -114,12 +114,17 @@ class OpenAiClient:
 
 
 async def negotiate(target: OpenAiTarget, vocabulary_size: int) -> OpenAiTarget:
-    """The target as the server takes it, found by asking: without the extras that it refuses. SystemExit if it takes none."""
+    """The target as the server takes it, found by asking: without the extras that it refuses. SystemExit if it takes none, or is
+    not there."""
+    import httpx
+
     prompt = [min(200 + number, vocabulary_size - 1) for number in range(8)]
     while True:
         client = OpenAiClient(target)
         try:
             refusal = await client.refusal(prompt)
+        except httpx.HTTPError as error:
+            raise SystemExit(f"{target.url} cannot be asked: {error or type(error).__name__}") from error
         finally:
             await client.close()
         if refusal is None:

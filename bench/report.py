@@ -68,21 +68,21 @@ def better_by(key: str, ours: Figures, other: Figures) -> float | None:
 
 
 def print_goals(rows: Mapping[str, Figures], goals: Sequence[Goal]) -> None:
-    table = Table(title="Goals of the performance page")
+    table = Table(title="Goals")
     for heading in ("load: in/out tokens", "figure", "goal", "measured", "", "peer"):
         table.add_column(heading, justify="left" if heading in ("load: in/out tokens", "figure", "") else "right")
     for goal in goals:
         measured = rows[goal.load][goal.figure] if goal.load in rows else None
         verdict = "not measured" if measured is None else _verdict(goal, measured, rows[goal.load]["void"])
-        limit = "" if goal.at_most is None else f"<= {goal.at_most:g}"
-        table.add_row(goal.load, goal.figure, limit, _text(measured), verdict, goal.peer)
+        table.add_row(goal.load, goal.figure, goal.limit, _text(measured), verdict, goal.peer)
     Console(width=WIDTH).print(table)
 
 
 def _verdict(goal: Goal, measured: float, void: Sequence[str]) -> str:
-    if void or goal.at_most is None:
+    missed = goal.missed_by(measured)
+    if void or missed is None:
         return "void" if void else ""
-    return "reached" if measured <= goal.at_most else f"missed by {100 * (measured / goal.at_most - 1):.0f} %"
+    return f"missed by {100 * missed:.0f} %" if missed else "reached"
 
 
 def _text(value: float | None, digits: int = 1) -> str:

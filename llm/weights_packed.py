@@ -5,8 +5,10 @@ What the bytes mean is the kernels' affair (llm/ops/cpu/packed.py); here is whic
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +42,10 @@ def join_blocks(parts: Sequence[FourBitBlocks | None]) -> FourBitBlocks | None:
 
 
 def packing_version() -> str:
-    """Another text whenever the layout of packed matrices changes."""
-    from llm.ops.cpu.packed import LAYOUT_VERSION
+    """Another text whenever the code that packs changes."""
+    from llm.ops.cpu import packed
 
-    return f"p{LAYOUT_VERSION}"
+    return hashlib.blake2b(Path(packed.__file__).read_bytes(), digest_size=6).hexdigest()
 
 
 def pack_matrix(
@@ -56,16 +58,15 @@ def pack_matrix(
     from llm.ops.cpu import packed
 
     shape = (int(weight.shape[0]), int(weight.shape[1]))
+    matrix: packed.PackedInt4 | packed.PackedInt8
     if format == "int4" and name != "head" and packed.refusal("int4", shape) is None:
-        values = weight.numpy()
-        matrix = (
-            packed.pack_int4(values) if blocks is None else packed.pack_int4_blocks(blocks.nibbles, blocks.scales, blocks.minima)
-        )
-        yield from _parts(name, matrix.arrays())
+        matrix = packed.pack_nibbles(blocks.nibbles, blocks.scales, blocks.minima) if blocks else packed.pack_int4(weight.numpy())
     elif packed.refusal("int8", shape) is None:
-        yield from _parts(name, packed.pack_int8(weight.numpy()).arrays())
+        matrix = packed.pack_int8(weight.numpy())
     else:
         yield name, weight.to(torch.bfloat16)
+        return
+    yield from _parts(name, matrix.arrays())
 
 
 def _parts(name: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -73,6 +73,11 @@ async def test_a_server_that_serves_nothing_ends_the_program():
             await negotiate(OpenAiTarget(server.url, "some-model"), 100)
 
 
+async def test_a_server_that_is_not_there_ends_the_program():
+    with pytest.raises(SystemExit, match=r"http://127\.0\.0\.1:1 cannot be asked: .*connection"):
+        await negotiate(OpenAiTarget("http://127.0.0.1:1", "some-model"), 100)
+
+
 async def test_processes_share_a_load_and_its_numbers():
     async with openai_server() as server:
         target = asdict(OpenAiTarget(server.url, "some-model"))

@@ -68,6 +68,15 @@ def test_a_trace_of_plain_seconds_needs_no_names(tmp_path):
     assert [each.due_s for each in TraceReplay(path).arrivals(Extent(), seed=0)] == [0.0, 0.5]
 
 
+def test_rows_of_names_before_a_trace_are_skipped_and_later_ones_are_not(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("conversation trace\n\ntime,prompt,completion\nin seconds,tokens,tokens\n1,2,3\n")
+    assert len(TraceReplay(path).arrivals(Extent(), seed=0)) == 1
+    path.write_text("1,2,3\ntime,prompt,completion\n")
+    with pytest.raises(ValueError, match="line 2"):
+        TraceReplay(path).arrivals(Extent(), seed=0)
+
+
 @pytest.mark.parametrize("content", ["", "time,prompt,completion\n", "1,2\n", "1,2,x\n", "soon,2,3\n"])
 def test_a_malformed_trace_is_refused(tmp_path, content):
     path = tmp_path / "trace.csv"

@@ -1,0 +1,160 @@
+"""Weight matrices in INT8 and INT4, in the order in which the integer products read them. Plain arrays: to store, map and share.
+
+The layout is that of product_int8.h and product_int4.h, and the same for every instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK_OUTPUTS = 16
+QUAD = 4
+GROUP = 32
+"""Inputs that share a scale in INT4."""
+_MOST_INT8, _MOST_NIBBLE = 127, 15
+_LARGEST_DEPTH = 65_536
+"""Sums of more products of bytes might not fit 32 bits."""
+
+Array = npt.NDArray[Any]
+IntegerFormat = Literal["int8", "int4"]
+
+
+def refusal(format: IntegerFormat, shape: tuple[int, int]) -> str | None:
+    """Why a matrix [out, in] cannot have the format, for people; None if it can."""
+    _, depth = shape
+    if format == "int4" and depth % GROUP:
+        return f"int4 needs inputs in groups of {GROUP}, and this matrix has {depth}"
+    return f"a row of {depth} inputs is too long" if depth > _LARGEST_DEPTH else None
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """[out, in] as integers from -127 to 127 times one scale for each output."""
+
+    shape: tuple[int, int]
+    values: Array
+    """int8 [blocks, quads, 16, 4], zeros beyond both ends."""
+    scales: Array
+    """float32 [blocks * 16]"""
+    sums: Array
+    """int32 [blocks * 16]: each output's integers added up."""
+
+    def arrays(self) -> dict[str, Array]:
+        return {"values": self.values, "scales": self.scales, "sums": self.sums}
+
+    @classmethod
+    def from_arrays(cls, shape: tuple[int, int], arrays: Mapping[str, Array]) -> Self:
+        return cls(shape, arrays["values"], arrays["scales"], arrays["sums"])
+
+    def widened(self) -> Array:
+        """The float32 matrix that these numbers stand for."""
+        rows = self.values.transpose(0, 2, 1, 3).reshape(len(self.scales), -1)
+        full = rows.astype(np.float32) * self.scales[:, None]
+        return full[: self.shape[0], : self.shape[1]]
+
+
+@dataclass(frozen=True)
+class PackedInt4:
+    """[out, in] as integers from 0 to 15, times a scale, plus an offset, for each output and 32 inputs."""
+
+    shape: tuple[int, int]
+    values: Array
+    """uint8 [blocks, groups, 4, 16, 4]: the low nibbles are four of an output's inputs, the high ones the next four."""
+    scales: Array
+    """float16 [blocks, groups, 2, 16]: scales, then offsets."""
+
+    def arrays(self) -> dict[str, Array]:
+        return {"values": self.values, "scales": self.scales}
+
+    @classmethod
+    def from_arrays(cls, shape: tuple[int, int], arrays: Mapping[str, Array]) -> Self:
+        return cls(shape, arrays["values"], arrays["scales"])
+
+    def widened(self) -> Array:
+        """The float32 matrix that these numbers stand for."""
+        blocks, groups = self.values.shape[:2]
+        pair = np.stack([self.values & 15, self.values >> 4], axis=3).astype(np.float32)  # block, group, pair, half, output, four
+        nibbles = pair.transpose(0, 4, 1, 2, 3, 5).reshape(blocks, BLOCK_OUTPUTS, groups, GROUP)
+        scale, offset = (self.scales[:, :, which].astype(np.float32).transpose(0, 2, 1)[..., None] for which in (0, 1))
+        return (nibbles * scale + offset).reshape(blocks * BLOCK_OUTPUTS, -1)[: self.shape[0]]
+
+
+def int8_shapes(shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shapes and types of the arrays of a matrix that is not packed yet."""
+    blocks, quads = -(-shape[0] // BLOCK_OUTPUTS), -(-shape[1] // QUAD)
+    outputs = blocks * BLOCK_OUTPUTS
+    return {
+        "values": ((blocks, quads, BLOCK_OUTPUTS, QUAD), np.int8),
+        "scales": ((outputs,), np.float32),
+        "sums": ((outputs,), np.int32),
+    }
+
+
+def int4_shapes(shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shapes and types of the arrays of a matrix that is not packed yet."""
+    blocks, groups = -(-shape[0] // BLOCK_OUTPUTS), shape[1] // GROUP
+    return {
+        "values": ((blocks, groups, 4, BLOCK_OUTPUTS, QUAD), np.uint8),
+        "scales": ((blocks, groups, 2, BLOCK_OUTPUTS), np.float16),
+    }
+
+
+def pack_int8(weight: Array) -> PackedInt8:
+    """Rounds each output's inputs to multiples of its largest magnitude over 127. weight [out, in] float32, finite."""
+    shape = (weight.shape[0], weight.shape[1])
+    _check("int8", shape)
+    scales = np.abs(weight).max(axis=1, initial=0.0).astype(np.float32) / np.float32(_MOST_INT8)
+    divisors = np.where(scales > 0, scales, np.float32(1))
+    integers = _padded(np.clip(np.rint(weight / divisors[:, None]), -_MOST_INT8, _MOST_INT8).astype(np.int8), BLOCK_OUTPUTS, QUAD)
+    blocks = integers.reshape(-1, BLOCK_OUTPUTS, integers.shape[1] // QUAD, QUAD)
+    values = aligned(blocks.transpose(0, 2, 1, 3))
+    sums = integers.sum(axis=1, dtype=np.int32)
+    return PackedInt8(shape, values, _padded(scales[:, None], BLOCK_OUTPUTS, 1)[:, 0].copy(), sums)
+
+
+def pack_int4(weight: Array) -> PackedInt4:
+    """Spreads each group of 32 evenly from its least value to its largest, sixteen steps. weight [out, in] float32, finite."""
+    _check("int4", (weight.shape[0], weight.shape[1]))
+    groups = weight.reshape(weight.shape[0], -1, GROUP)
+    least = groups.min(axis=2).astype(np.float16)
+    scales = ((groups.max(axis=2) - least.astype(np.float32)) / _MOST_NIBBLE).astype(np.float16)
+    wide = scales.astype(np.float32)[..., None]
+    steps = (groups - least.astype(np.float32)[..., None]) / np.where(wide > 0, wide, np.float32(1))
+    nibbles = np.clip(np.rint(steps), 0, _MOST_NIBBLE).astype(np.uint8)
+    return pack_nibbles(nibbles.reshape(weight.shape), scales, least)
+
+
+def pack_nibbles(nibbles: Array, scales: Array, offsets: Array) -> PackedInt4:
+    """From integers that a file holds: nibbles [out, in] uint8 up to 15, scales and offsets [out, in / 32] float16."""
+    shape = (nibbles.shape[0], nibbles.shape[1])
+    _check("int4", shape)
+    full = _padded(nibbles, BLOCK_OUTPUTS, GROUP)
+    pairs = full.reshape(-1, BLOCK_OUTPUTS, shape[1] // GROUP, GROUP // 8, 2, QUAD).transpose(4, 0, 2, 3, 1, 5)
+    values = aligned(pairs[0] | pairs[1] << 4)
+    both = np.stack([_padded(item.astype(np.float16), BLOCK_OUTPUTS, 1) for item in (scales, offsets)])
+    ordered = both.reshape(2, -1, BLOCK_OUTPUTS, shape[1] // GROUP).transpose(1, 3, 0, 2)
+    return PackedInt4(shape, values, np.ascontiguousarray(ordered))
+
+
+def aligned(array: Array) -> Array:
+    """A contiguous copy that begins at a cache line, as the products need it of `values`."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy: Array = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _check(format: IntegerFormat, shape: tuple[int, int]) -> None:
+    reason = refusal(format, shape)
+    if reason:
+        raise ValueError(reason)
+
+
+def _padded(array: Array, rows: int, columns: int) -> Array:
+    return np.pad(array, ((0, -array.shape[0] % rows), (0, -array.shape[1] % columns)))
