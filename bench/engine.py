@@ -31,7 +31,7 @@ from llm.kv.pool import KvPool
 from llm.runner import RunnerSettings
 from llm.sampling import SampleRow
 from llm.sampling_params import SamplingParams
-from prefill_svc.kernels.chunk_attention import ChunkAttention
+from prefill_svc.kernels.choice import gpu_settings
 from tandem.random_models import RANDOM_MODELS
 
 _PAGE = 16
@@ -149,7 +149,9 @@ def decode_bytes(config: ModelConfig, batch: int, context: int) -> float:
 
 
 def _bench_prefill(options: argparse.Namespace, lengths: Sequence[int], ceilings: Ceilings) -> list[Figure]:
-    runner = _load(options, GpuSettings(ChunkAttention()), max(lengths))
+    settings = gpu_settings("cuda", max_prompts=16)
+    assert settings is not None, "for a GPU"
+    runner = _load(options, settings, max(lengths))
     figures = []
     for tokens in lengths:
         slices = [SequenceSlice(torch.randint(3, runner.config.vocab_size, (tokens,)).tolist(), 0, range(-(-tokens // _PAGE)))]

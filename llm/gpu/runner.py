@@ -11,10 +11,10 @@ from llm.batch import Integers, SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.decode_batch import decode_arrays, is_decode
-from llm.gpu.decode_graphs import DecodeGraphs, GraphInputs, bucket_sizes
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
 from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, StepMemories, StepMemory, draw_rows
+from llm.gpu.step_graphs import GraphInputs, GraphSize, StepGraphs, bucket_sizes, decode_size, prompt_size, prompt_sizes
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
 from llm.ops.gpu.operations import GpuOperations
@@ -45,7 +45,8 @@ class GpuModelRunner(ModelRunner):
         self._argmax = Argmax(max_rows, config.vocab_size, self.device)
         self._drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
         self._memories = StepMemories(self._drawn)
-        self._graphs: DecodeGraphs | None = None
+        self._forwarded: DrawnStep | None = None
+        self._graphs: StepGraphs | None = None
         self._pool: torch.Tensor | None = None
 
     @classmethod
@@ -68,7 +69,7 @@ class GpuModelRunner(ModelRunner):
 
     @property
     def num_graphs(self) -> int:
-        """Captured decode steps."""
+        """Captured steps."""
         return 0 if self._graphs is None else self._graphs.num_captured
 
     def adopt_thread(self) -> None:
@@ -103,10 +104,12 @@ class GpuModelRunner(ModelRunner):
         arrays = self._captured(slices, None)
         if arrays is None:
             return self._compute(slices, None)
+        if self._forwarded is not None:
+            self._forwarded.token_ids()  # its inputs have been read, so that their memory is free
         memory = self._memories.take()
-        logits = self._replay(arrays, memory)[: len(slices)]
-        memory.fetch(0, self._stream).token_ids()  # the inputs have been read, and their memory is free
-        return logits
+        logits = self._replay(arrays, memory)
+        self._forwarded = memory.fetch(0, self._stream)
+        return logits[: sum(item.logits == "last" for item in slices)]
 
     @torch.inference_mode()
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep:
@@ -135,7 +138,7 @@ class GpuModelRunner(ModelRunner):
             self.forward(slices)
         if self.device.type == "cuda":
             _lock_pages()
-            if self._gpu.max_batch:
+            if self._gpu.max_batch or self._gpu.max_tokens:
                 self._capture(report)
             self.start_step([SequenceSlice([0], 0, range(1))], [-1], [_SAMPLED]).token_ids()
         report(1.0, "ready")
@@ -146,10 +149,22 @@ class GpuModelRunner(ModelRunner):
 
     def _captured(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> dict[str, Integers] | None:
         """The inputs of a step, if it is one of those that were captured."""
-        if self._graphs is None or not is_decode(slices):
+        if self._graphs is None:
             return None
-        arrays = decode_arrays(slices, sources, self._pool_tensor().shape[4])
-        return arrays if self._graphs.holds(arrays) else None
+        if self._gpu.max_batch:
+            arrays = decode_arrays(slices, sources, self._pool_tensor().shape[4]) if is_decode(slices) else None
+        else:
+            arrays = self._prompt_arrays(slices, sources)
+        return arrays if arrays is not None and self._graphs.holds(arrays) else None
+
+    def _prompt_arrays(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> dict[str, Integers] | None:
+        """None for a step that is surely none of those captured."""
+        num_tokens = sum(len(item.token_ids) for item in slices)
+        if num_tokens > self._gpu.max_tokens or any(item.logits == "all" for item in slices):
+            return None
+        return host_arrays(
+            build_batch(slices, self._pool_tensor().shape[4]), _by_row(slices, sources), self._gpu.attention.tile_tokens
+        )
 
     def _replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
         """Logits of at least as many rows as were asked for; the likeliest tokens are drawn too."""
@@ -160,11 +175,9 @@ class GpuModelRunner(ModelRunner):
         """`sources`: one a slice."""
         pool = self._pool_tensor()
         batch = build_batch(slices, pool.shape[4])
-        if sources is not None and len(batch.token_ids) > len(slices):
-            sources = np.repeat(np.asarray(sources, np.int32), np.diff(batch.row_starts)).tolist()
         attention = self._gpu.attention
         whole = attention.whole_tokens(batch, pool)
-        arrays = host_arrays(batch, sources, attention.tile_tokens, whole)
+        arrays = host_arrays(batch, _by_row(slices, sources), attention.tile_tokens, whole)
         tensors = upload(arrays, self.device)
         largest = int(arrays["tile_counts"].max(initial=0))
         return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole))
@@ -178,16 +191,24 @@ class GpuModelRunner(ModelRunner):
         return rows <= MAX_ROWS and len(batch.logits_rows) > 0
 
     def _capture(self, report: Progress) -> None:
-        pool, largest = self._pool_tensor(), self._gpu.max_batch
+        pool, sizes = self._pool_tensor(), self._graph_sizes()
+        largest = max(sizes, key=lambda size: size.rows)
         per_sequence = -(-self.config.context_tokens // pool.shape[4])
-        inputs = GraphInputs(largest, min(largest * per_sequence, 4 * pool.shape[0] + largest), self.device)
-        inputs.drawn = self._drawn
-        sizes = bucket_sizes(largest)
-        graphs = DecodeGraphs(inputs, self._step)
+        max_block_ids = min(largest.sequences * per_sequence, 4 * pool.shape[0] + largest.sequences)
+        max_count = 1 if self._gpu.max_batch else self._gpu.attention.tile_tokens
+        graphs = StepGraphs(GraphInputs(largest, max_block_ids, self._drawn, max_count), self._step)
         done: list[int] = []
         with torch.inference_mode():
             graphs.capture(sizes, lambda size: _count(done, size, len(sizes), report))
         self._graphs = graphs
+
+    def _graph_sizes(self) -> list[GraphSize]:
+        gpu = self._gpu
+        if gpu.max_batch:
+            return [decode_size(sequences) for sequences in bucket_sizes(gpu.max_batch)]
+        pool, tokens = self._pool_tensor(), min(gpu.max_tokens, self.config.context_tokens)
+        tokens = min(tokens, pool.shape[0] * pool.shape[4])
+        return [prompt_size(size, gpu.attention.tile_tokens, self._drawn.shape[0]) for size in prompt_sizes(tokens)]
 
     def _step(self, batch: DeviceBatch) -> torch.Tensor:
         logits = self._forward(batch)
@@ -200,9 +221,18 @@ def _make_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def _count(done: list[int], size: int, total: int, report: Progress) -> None:
-    done.append(size)
-    report(len(done) / total, f"capturing decode graphs: {size} sequences")
+def _by_row(slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> Sequence[int] | None:
+    """`sources` one a slice -> one a token. None stays None."""
+    if sources is None:
+        return None
+    counts = [len(item.token_ids) for item in slices]
+    repeated: list[int] = np.repeat(np.asarray(sources, np.int32), counts).tolist()
+    return repeated
+
+
+def _count(done: list[int], size: GraphSize, total: int, report: Progress) -> None:
+    done.append(size.rows)
+    report(len(done) / total, f"capturing graphs of steps: {size.rows} tokens")
 
 
 _SAMPLED = SampleRow(SamplingParams(temperature=1.0, top_k=2, top_p=0.9, seed=0), (), 0)

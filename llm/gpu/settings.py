@@ -34,5 +34,7 @@ class GpuSettings:
     """The service's own kernel."""
     max_batch: int = 0
     """Sequences of the largest decode step that is captured as a graph; 0 captures none (prefill)."""
+    max_tokens: int = 0
+    """Tokens of the largest prefill step that is captured as a graph; 0 captures none."""
     max_rows: int = 1
     """Most tokens that a step may draw where that is more."""

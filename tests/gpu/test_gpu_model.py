@@ -63,8 +63,9 @@ def tensors(config, device, tmp_path):
     return load_tensors(WeightRequest(Files(), config, "bf16", str(device), tmp_path), lambda fraction, text: None)
 
 
-def make_runner(config, tensors, attention, max_batch=0):
-    settings = RunnerSettings("decode" if max_batch else "prefill", "cuda", gpu=GpuSettings(attention, max_batch))
+def make_runner(config, tensors, attention, max_batch=0, max_tokens=0):
+    gpu = GpuSettings(attention, max_batch, max_tokens, max_rows=8)
+    settings = RunnerSettings("decode" if max_batch else "prefill", "cuda", gpu=gpu)
     runner = runners.GpuModelRunner(config, tensors, settings)
     shape = (96, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
     runner.attach(Pool(torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")))
@@ -128,6 +129,24 @@ def test_graphs_compute_what_launches_compute(config, tensors, device):
     for count in (9, 1, 3, 8):
         step = [SequenceSlice([7 * i + 3], len(prompts[i].token_ids), prompts[i].block_ids) for i in range(count)]
         assert relative_error(captured.forward(step), plain.forward(step)) < 2e-2
+
+
+def test_captured_prompts_are_computed_as_launched_ones(config, tensors, device):
+    """Fresh, behind a prefix, and several at once; their K and V too, which the next step reads."""
+    captured, plain = (make_runner(config, tensors, chunks.ChunkAttention(), max_tokens=size) for size in (640, 0))
+    captured.warm_up()
+    assert captured.num_graphs > 5
+    plain.warm_up()
+    tokens = torch.randint(3, 1000, (900,)).tolist()
+    for runner in (captured, plain):
+        runner._pool.fill_(torch.nan)
+    for slices in (
+        [SequenceSlice(tokens[:600], 0, range(60))],
+        [SequenceSlice(tokens[600:640], 600, range(60)), SequenceSlice(tokens[:300], 0, range(60, 96), "none")],
+        [SequenceSlice(tokens[300:331], 300, range(60, 96)), SequenceSlice(tokens[640:900], 640, range(60))],
+        [SequenceSlice([9], 331, range(60, 96))],
+    ):
+        assert relative_error(captured.forward(slices), plain.forward(slices)) < 2e-2
 
 
 def test_steps_are_launched_ahead(config, tensors, device):

@@ -74,9 +74,10 @@ def reference(config, tensors, device):
     return Reference(config, tensors, device)
 
 
-def make_runner(config, tensors, device, attention, max_batch=0, *, max_rows=1):
+def make_runner(config, tensors, device, attention, max_batch=0, *, max_rows=1, max_tokens=0):
     role = "decode" if max_batch else "prefill"
-    settings = RunnerSettings(role, str(device), "float32", gpu=GpuSettings(attention, max_batch, max_rows))
+    gpu = GpuSettings(attention, max_batch, max_tokens, max_rows)
+    settings = RunnerSettings(role, str(device), "float32", gpu=gpu)
     runner = runners.GpuModelRunner(config, tensors, settings)
     runner.attach(make_pool(config, device))
     return runner
@@ -149,7 +150,7 @@ def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, refere
     runner._step = record(runner._step)
     reports = []
     runner._capture(lambda fraction, text: reports.append(text))
-    assert [text.split()[3] for text in reports] == ["4"]
+    assert [text.split()[4] for text in reports] == ["4"]
     prompts = [SequenceSlice([4, 5], 0, [3 * i, 3 * i + 1]) for i in range(3)]
     for each in (runner, reference):
         each.forward(prompts)
@@ -157,6 +158,29 @@ def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, refere
     expected = reference.forward(slices)
     assert relative_error(runner.forward(slices), expected) < 1e-5
     assert runner._drawn[:3].tolist() == expected.argmax(dim=-1).tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu captures real graphs")
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
+@pytest.mark.usefixtures("without_device")
+def test_prompts_are_padded_to_the_captured_sizes(config, tensors, reference, device, monkeypatch):
+    """One that fits few rows, then two that fit only more, of which one has a prefix and one goes on."""
+    monkeypatch.setattr(runners, "prompt_sizes", lambda tokens: (64, 80))
+    attention = chunks.ChunkAttention(chunks.Shape(16, 16, 4))
+    runner = make_runner(config, tensors, device, attention, max_rows=9, max_tokens=80)
+    runner._step = record(runner._step)
+    runner._capture(lambda fraction, text: None)
+    greedy = SampleRow(SamplingParams(temperature=0.0), (), 0)
+    launched = []
+    monkeypatch.setattr(runner, "_compute", lambda *_: pytest.fail("not captured"))
+    for slices in (
+        [SequenceSlice(list(range(3, 23)), 0, [5, 2])],
+        [SequenceSlice(list(range(4, 34)), 20, [5, 2, 7, 8]), SequenceSlice(list(range(5, 45)), 0, [9, 1, 3], "none")],
+        [SequenceSlice([60, 61], 40, [9, 1, 3])],
+    ):
+        expected = reference.forward(slices)
+        launched.append((runner.start_step(slices, [-1] * len(slices), [greedy]), expected.argmax(dim=-1).tolist()))
+    assert [step.token_ids() for step, _ in launched] == [tokens for _, tokens in launched]
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)

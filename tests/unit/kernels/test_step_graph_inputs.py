@@ -8,9 +8,9 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.gpu.decode_batch import decode_arrays, is_decode
-from llm.gpu.decode_graphs import GraphInputs, bucket_sizes
 from llm.gpu.device_batch import host_arrays
 from llm.gpu.step import Staged, StepMemories
+from llm.gpu.step_graphs import GraphInputs, bucket_sizes, decode_size, prompt_size, prompt_sizes
 from llm.ops.attention import paged_attention as reference
 from tests.fakes.paged_batches import relative_error
 
@@ -29,6 +29,20 @@ def test_padding_at_large_batches_is_small():
     sizes = bucket_sizes(256)
     worst = max((after - before - 1) / (before + 1) for before, after in pairwise(sizes) if before >= 48)
     assert worst < 1 / 4
+
+
+@pytest.mark.parametrize("max_tokens", [9, 16, 100, 1024, 1152])
+def test_prompt_sizes_ascend_to_the_largest(max_tokens):
+    sizes = prompt_sizes(max_tokens)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == max_tokens
+
+
+def test_a_prompt_step_has_room_for_prompts_that_end_within_a_tile():
+    size = prompt_size(256, 128, most_logits=100)
+    many = [SequenceSlice([1] * 32, 0, range(2)) for _ in range(8)]
+    assert size.holds(host_arrays(build_batch(many, 16), None, 128))
+    assert not size.holds(host_arrays(build_batch([*many, SequenceSlice([1], 0, [0])], 16), None, 128))
 
 
 def test_only_one_token_each_with_logits_is_a_decode_step():
@@ -60,7 +74,7 @@ def test_a_decode_step_without_room_in_its_blocks_is_our_bug():
 
 def test_a_padded_batch_attends_and_writes_like_its_rows(device):
     pool = torch.randn(9, 1, 2, 2, 16, 16, device=device)
-    inputs = GraphInputs(8, 32, device)
+    inputs = GraphInputs(decode_size(8), 32, torch.zeros(8, dtype=torch.int32, device=device))
     staged = inputs.stage()
     for starts, size in (([20, 0, 47], 4), ([5], 8)):
         slices = [SequenceSlice([7], start, [3 * index, 3 * index + 1, 3 * index + 2]) for index, start in enumerate(starts)]
@@ -68,7 +82,7 @@ def test_a_padded_batch_attends_and_writes_like_its_rows(device):
         arrays = host_arrays(batch, None, 16)
         assert inputs.fits(arrays)
         inputs.upload(arrays, staged)
-        padded = inputs.batch(size)
+        padded = inputs.batch(decode_size(size))
         qkv = torch.randn(size, 8 * 16, device=device)
         expected_pool = pool.clone()
         angles = rope.Angles(torch.ones(64, 8, device=device), torch.zeros(64, 8, device=device), padded.on_device["positions"])

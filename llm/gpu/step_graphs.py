@@ -1,0 +1,170 @@
+"""Steps captured as CUDA graphs, one for each size.
+
+A step is some three hundred launches, which cost the host milliseconds and the interpreter; replaying a graph costs it one. A
+graph's shapes are fixed, so a step is padded to the next size; each graph costs start-up time.
+
+Decode, by sequences: 1, 2, 4, 8, then steps of 8 to 64, of 16 to 128 and of 32 beyond: padding adds at most a seventh to the rows
+of a batch over 48, and costs nothing where the weights' reading dominates. Prefill, by tokens: few, then steps of 128, which is
+what the matrix product rounds up to anyway. Larger prefill steps keep the device busy for longer than launching them takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llm.batch import Batch, Integers
+from llm.gpu.device_batch import PER_ROW, PER_TILE, DeviceBatch, make_device_batch
+from llm.gpu.step import Staged, StepMemory
+
+_PADDING = {"sources": -1, "row_blocks": -1}
+"""A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens. Nobody reads its results."""
+_FIXED = (*PER_ROW, *PER_TILE, "block_starts")
+_PROMPTS = 8
+"""Most prompts of a captured prefill step."""
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """What a captured step has room for."""
+
+    rows: int
+    sequences: int
+    tiles: int
+    logits: int
+
+    def length(self, name: str) -> int:
+        """Of the array of that name."""
+        if name in PER_TILE:
+            return self.tiles
+        return {"logits_rows": self.logits, "block_starts": self.sequences + 1}.get(name, self.rows)
+
+    def holds(self, arrays: Mapping[str, Integers]) -> bool:
+        return all(len(arrays[name]) <= self.length(name) for name in _FIXED)
+
+
+def decode_size(sequences: int) -> GraphSize:
+    """One token a sequence."""
+    return GraphSize(sequences, sequences, sequences, sequences)
+
+
+def prompt_size(tokens: int, tile_tokens: int, most_logits: int) -> GraphSize:
+    """Of a few prompts, each of which may end in a tile that is not full."""
+    assert tokens > _PROMPTS, "as many rows as logits would pass for all of them being wanted"
+    return GraphSize(tokens, _PROMPTS, -(-tokens // tile_tokens) + _PROMPTS, min(_PROMPTS, most_logits))
+
+
+def bucket_sizes(max_batch: int) -> tuple[int, ...]:
+    """Ascending; the last is max_batch."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch + 32, 32)]
+    return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+def prompt_sizes(max_tokens: int) -> tuple[int, ...]:
+    """Ascending, in tokens; the last is max_tokens."""
+    sizes = [16, 32, 64, *range(128, max_tokens, 128)]
+    return (*(size for size in sizes if size < max_tokens), max_tokens)
+
+
+class GraphInputs:
+    """The memory that captured graphs read: arrays of fixed places, and the block ids after them.
+
+    `drawn` [n]: the tokens that the last step drew, by its rows. `max_count`: most tokens of a tile.
+    """
+
+    def __init__(self, largest: GraphSize, max_block_ids: int, drawn: torch.Tensor, max_count: int = 1) -> None:
+        self._stride = max(largest.length(name) for name in _FIXED)
+        self._drawn, self._max_count = drawn, max_count
+        self._memory = torch.zeros(len(_FIXED) * self._stride + max_block_ids, dtype=torch.int32, device=drawn.device)
+        self._padding = np.zeros((len(_FIXED), self._stride), np.int32)
+        for index, name in enumerate(_FIXED):
+            self._padding[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
+
+    def fits(self, arrays: Mapping[str, Integers]) -> bool:
+        return len(_FIXED) * self._stride + len(arrays["block_ids"]) <= self._memory.shape[0]
+
+    def stage(self) -> Staged:
+        """Host memory from which this memory is filled."""
+        return Staged(self._memory)
+
+    def upload(self, arrays: Mapping[str, Integers], staged: Staged) -> None:
+        """One copy; it waits for nothing and is ordered before what is launched next. `staged` must not be under way any more."""
+        num_fixed, block_ids = self._padding.size, arrays["block_ids"]
+        fixed = staged.values[:num_fixed].reshape(self._padding.shape)
+        fixed[:] = self._padding
+        for index, name in enumerate(_FIXED):
+            fixed[index, : len(arrays[name])] = arrays[name]
+        staged.values[num_fixed : num_fixed + len(block_ids)] = block_ids
+        staged.copy(num_fixed + len(block_ids))
+
+    def batch(self, size: GraphSize) -> DeviceBatch:
+        """A batch of that size over this memory."""
+        tensors = {name: self._memory[index * self._stride :][: size.length(name)] for index, name in enumerate(_FIXED)}
+        tensors["block_ids"] = self._memory[len(_FIXED) * self._stride :]
+        return make_device_batch(_shape_only(size.logits), tensors, self._drawn, self._max_count)
+
+
+class StepGraphs:
+    """Replays the captured step that is large enough."""
+
+    def __init__(self, inputs: GraphInputs, step: Callable[[DeviceBatch], torch.Tensor]) -> None:
+        """`step` computes a batch's logits; it must do the same launches each time and never wait."""
+        self.inputs = inputs
+        self._step = step
+        self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
+
+    def capture(self, sizes: Iterable[GraphSize], captured: Callable[[GraphSize], None]) -> None:
+        """The largest first: its memory serves the smaller ones too. Each is run once before, for kernels compile then."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
+            batch = self.inputs.batch(size)
+            self._step(batch)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._step(batch)
+            self._graphs[size] = graph, logits
+            captured(size)
+
+    def holds(self, arrays: Mapping[str, Integers]) -> bool:
+        """Whether `replay` can run this batch."""
+        return self.size_for(arrays) is not None and self.inputs.fits(arrays)
+
+    def size_for(self, arrays: Mapping[str, Integers]) -> GraphSize | None:
+        """The smallest captured size that holds them."""
+        return min((size for size in self._graphs if size.holds(arrays)), key=lambda size: size.rows, default=None)
+
+    def replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
+        """Uploads by way of `memory` and runs a step; logits [at least as many rows, vocab], valid until the next replay."""
+        size = self.size_for(arrays)
+        assert size is not None, "ask `holds` first"
+        if memory.staged is None:
+            memory.staged = self.inputs.stage()
+        self.inputs.upload(arrays, memory.staged)
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits
+
+
+def _shape_only(num_logits: int) -> Batch:
+    """For a batch whose values are on the device only; nothing reads more of it than how many rows want logits."""
+    none: Sequence[int] = ()
+    empty = np.array(none, np.int32)
+    return Batch(
+        token_ids=empty.astype(np.int64),
+        positions=empty,
+        row_blocks=empty,
+        row_offsets=empty,
+        row_starts=empty,
+        lengths=empty,
+        block_ids=empty,
+        block_starts=empty,
+        logits_rows=np.arange(num_logits, dtype=np.int64),
+    )
