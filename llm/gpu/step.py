@@ -106,18 +106,24 @@ def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequen
 
 
 def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:
-    """Greedy rows become top_k = 1, so that one launch serves all."""
+    """A greedy row becomes one in which only the likeliest weigh anything, and of these the first is drawn."""
 
     def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
         host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
         return host.to(device, non_blocking=True)
 
     params = [row.params for row in rows]
-    uniforms = [uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)]
+    uniforms = [
+        0.0 if row.params.is_greedy else uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)
+    ]
+    top_ks = [0 if item.is_greedy else item.top_k for item in params]
+    top_ps = [1.0 if item.is_greedy else item.top_p for item in params]
     return DrawParameters(
-        temperatures=column([1.0 if item.is_greedy else item.temperature for item in params], torch.float32),
-        top_ks=column([1 if item.is_greedy else item.top_k for item in params], torch.int32),
-        top_ps=column([item.top_p for item in params], torch.float64),
+        temperatures=column([0.0 if item.is_greedy else item.temperature for item in params], torch.float32),
+        top_ks=column(top_ks, torch.int32),
+        top_ps=column(top_ps, torch.float64),
         min_ps=column([item.min_p for item in params], torch.float32),
         uniforms=column(uniforms, torch.float64),
+        any_top_k=any(top_ks),
+        any_top_p=any(top_p < 1.0 for top_p in top_ps),
     )

@@ -38,13 +38,18 @@ _BISECTED = 1024
 
 @dataclass(frozen=True)
 class DrawParameters:
-    """One value a row, [n]: float32, int32 (0 keeps all), float64, float32, and a float64 uniform in [0, 1)."""
+    """One value a row, [n]: float32, int32 (0 keeps all), float64, float32, and a float64 uniform in [0, 1).
+
+    `any_top_k`, `any_top_p`: whether some row uses them; if none does, the launches that serve them are spared.
+    """
 
     temperatures: torch.Tensor
     top_ks: torch.Tensor
     top_ps: torch.Tensor
     min_ps: torch.Tensor
     uniforms: torch.Tensor
+    any_top_k: bool = True
+    any_top_p: bool = True
 
 
 @triton.jit
@@ -154,7 +159,7 @@ def draw(logits: torch.Tensor, parameters: DrawParameters, out: torch.Tensor) ->
     _weigh_kernel[each](logits, highest, weights, given.temperatures, *first, width, logits.stride(0), parts, **digits)
     _begin_kernel[whole](first[1], thresholds, equals, totals, width, parts, PARTS=shape["PARTS"])
     filters = (given.top_ks, given.top_ps)
-    for kind in (TOP_K.value, TOP_P.value):
+    for kind in [TOP_K.value] * given.any_top_k + [TOP_P.value] * given.any_top_p:
         which = {"KIND": kind, "TOP_K": TOP_K.value}
         narrow_kernel[each](weights, *first, *second, *filters, totals, width, parts, **which, **digits)
         collect_kernel[each](

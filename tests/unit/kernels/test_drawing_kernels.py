@@ -8,6 +8,7 @@ from llm.sampling_params import SamplingParams
 
 argmax = pytest.importorskip("llm.ops.gpu.argmax")
 draw = pytest.importorskip("llm.ops.gpu.draw")
+step = pytest.importorskip("llm.gpu.step")
 
 PARAMETERS = [
     SamplingParams(seed=1),
@@ -102,3 +103,13 @@ def test_a_row_without_numbers_draws_a_token_that_exists(device):
     logits = torch.full((2, 5000), torch.nan, device=device)
     logits[1, 4500] = torch.inf
     assert all(0 <= token < 5000 for token in drawn_by(logits, [SampleRow(PARAMETERS[-1], [1], 1)] * 2))
+
+
+def test_greedy_rows_among_others_take_the_first_of_the_likeliest(device):
+    rows = [SampleRow(params, [1] * 3, 1) for params in (SamplingParams(temperature=0.0, top_k=7, top_p=0.2), *PARAMETERS[1:3])]
+    logits = torch.randn(3, 4500, device=device)
+    logits[0, [4400, 77, 4098]] = logits[0].max() + 1
+    drawn = torch.zeros(3, dtype=torch.int32, device=device)
+    step.draw_rows(logits, rows, [3, 3, 3], drawn)
+    assert drawn.tolist() == [token.token_id for token in sample(logits.cpu(), rows)]
+    assert drawn[0] == 77
