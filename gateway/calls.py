@@ -1,7 +1,7 @@
 """Reading a worker's stream, and ending tasks and calls for good."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import grpc
@@ -34,7 +34,12 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks and waits until their `finally` blocks have run; their results and failures are of no interest."""
     for task in tasks:
         task.cancel()
-    await see_through(asyncio.gather(*tasks, return_exceptions=True))
+    cancelled = await _until_done(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # or asyncio logs that nobody asked for it
+    if cancelled is not None:
+        raise cancelled
 
 
 async def see_through(work: Awaitable[Any]) -> None:
@@ -43,15 +48,21 @@ async def see_through(work: Awaitable[Any]) -> None:
     A request can be cancelled twice: by its deadline in the client and by the same deadline here.
     """
     running = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not running.done():
-        try:
-            await asyncio.wait((running,))
-        except asyncio.CancelledError as error:
-            cancelled = error
+    cancelled = await _until_done((running,))
     running.result()
     if cancelled is not None:
         raise cancelled
+
+
+async def _until_done(futures: Sequence[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
+    """The last cancellation that came meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
+    while running := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
 
 
 def _being_cancelled() -> bool:

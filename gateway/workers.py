@@ -6,13 +6,13 @@ import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import grpc
 
 from gateway.calls import cancel_and_wait, end, read
 from gateway.losses import SUDDEN_S, Losses
 from gateway.routing import Condition, Role, Worker
+from gateway.silence import Silence
 from gateway.targets import Target, look_up, turns_away
 from gateway.wire import worker_from
 from tandem.api.v1 import operations_pb2
@@ -35,10 +35,6 @@ class WatchTimes:
     first_pause_s: float = 0.1
     longest_pause_s: float = 1.0
     silence_s: float = 1.8
-
-
-# A timer that is later than this tells of a gateway that stood still itself, and says nothing about workers.
-LATE_S = 0.25
 
 
 @dataclass
@@ -173,38 +169,22 @@ class WorkerDirectory:
     async def _listen(self, watched: _Watched) -> bool:
         """Follows a worker until it is lost; says whether anything was heard."""
         call = status_pb2_grpc.WorkerStatusServiceStub(watched.channel).Watch(status_pb2.WatchRequest())  # type: ignore[no-untyped-call]
-        heard = silent = False
+        heard = False
         watched.sequence_number = 0
+        silence = Silence(self._times.silence_s, call.cancel)
         try:
-            while (response := await self._next(call)) is not None:
+            while (response := await read(call)) is not None:
                 heard = True
+                silence.heard()
                 self._take(watched, response)
             reason = "it ended the stream"
-        except TimeoutError:
-            reason, silent = f"silent for {self._times.silence_s} s", True
         except TandemError as error:
-            reason = error.message
+            reason = f"silent for {self._times.silence_s} s" if silence.too_long else error.message
         finally:
+            silence.close()
             await end(call)
-        self._lose(watched, reason, suddenly=not silent)
+        self._lose(watched, reason, suddenly=not silence.too_long)
         return heard
-
-    async def _next(self, call: grpc.aio.UnaryStreamCall) -> status_pb2.WatchResponse | None:
-        """The worker's next word. TimeoutError if it stays silent while this process does not."""
-        reading = asyncio.ensure_future(read(call))
-        try:
-            while not reading.done():
-                if not await self._heard(reading):
-                    raise TimeoutError
-            return reading.result()
-        finally:
-            await cancel_and_wait(reading)
-
-    async def _heard(self, reading: "asyncio.Future[Any]") -> bool:
-        loop = asyncio.get_running_loop()
-        due = loop.time() + self._times.silence_s
-        await asyncio.wait((reading,), timeout=self._times.silence_s)
-        return reading.done() or loop.time() > due + LATE_S
 
     def _take(self, watched: _Watched, response: status_pb2.WatchResponse) -> None:
         if response.sequence_number <= watched.sequence_number:

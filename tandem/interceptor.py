@@ -64,6 +64,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self) -> None:
         self.counts: dict[str, CallCounts] = defaultdict(CallCounts)
         self._running: set[Call] = set()
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
 
     def dismiss_observers(self) -> None:
         """Ends the calls that only watch, with UNAVAILABLE/DRAINING."""
@@ -79,8 +80,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler | None:
-        handler = await continuation(handler_call_details)
-        return None if handler is None else self._wrapped(handler, handler_call_details.method)
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None:
+            return None
+        if method not in self._handlers:
+            self._handlers[method] = self._wrapped(handler, method)
+        return self._handlers[method]
 
     def _wrapped(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream

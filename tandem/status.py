@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import grpc.aio
 
@@ -133,7 +133,7 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             tokens_per_second=snapshot.tokens_per_second,
             transports=identity.transports,
             condition=snapshot.condition,
-            requests=operations_pb2.RequestCounts(**asdict(snapshot.requests)),
+            requests=operations_pb2.RequestCounts(**vars(snapshot.requests)),
             handoff=snapshot.handoff,
         )
 

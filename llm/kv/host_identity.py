@@ -1,10 +1,12 @@
 """What tells a running kernel, and a process of it, from others that have or had its name."""
 
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def boot_id() -> str:
-    """Identifies the running kernel; empty where there is no such thing."""
+    """Identifies the running kernel, which this process does not survive; empty where there is no such thing."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
