@@ -86,4 +86,4 @@ def packed_format(tensors: Mapping[str, torch.Tensor], name: str) -> WeightForma
     """What a matrix is packed as; None for a plain tensor."""
     if name in tensors:
         return None
-    return "int4" if tensors[f"{name}.scales"].dtype == torch.float16 else "int8"
+    return "int4" if tensors[f"{name}.scales"].dim() == 4 else "int8"

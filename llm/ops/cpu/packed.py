@@ -15,10 +15,12 @@ import numpy.typing as npt
 BLOCK_OUTPUTS = 16
 QUAD = 4
 GROUP = 32
-"""Inputs that share a scale in INT4."""
+"""Inputs that share a scale."""
 _MOST_INT8, _MOST_NIBBLE = 127, 15
+_ZERO_INT8 = 128
+"""Is added to INT8's integers: the products want one side unsigned."""
 _LARGEST_DEPTH = 65_536
-"""Sums of more products of bytes might not fit 32 bits."""
+"""Beyond what any model has; sizes stay within 32 bits."""
 
 Array = npt.NDArray[Any]
 IntegerFormat = Literal["int8", "int4"]
@@ -34,28 +36,29 @@ def refusal(format: IntegerFormat, shape: tuple[int, int]) -> str | None:
 
 @dataclass(frozen=True)
 class PackedInt8:
-    """[out, in] as integers from -127 to 127 times one scale for each output."""
+    """[out, in] as integers from -127 to 127 times a scale for each output and 32 inputs."""
 
     shape: tuple[int, int]
     values: Array
-    """int8 [blocks, quads, 16, 4], zeros beyond both ends."""
+    """uint8 [blocks, groups, 8, 16, 4]: integers + 128, zeros beyond both ends."""
     scales: Array
-    """float32 [blocks * 16]"""
-    sums: Array
-    """int32 [blocks * 16]: each output's integers added up."""
+    """float16 [blocks, groups, 16]"""
 
     def arrays(self) -> dict[str, Array]:
-        return {"values": self.values, "scales": self.scales, "sums": self.sums}
+        return {"values": self.values, "scales": self.scales}
 
     @classmethod
     def from_arrays(cls, shape: tuple[int, int], arrays: Mapping[str, Array]) -> Self:
-        return cls(shape, arrays["values"], arrays["scales"], arrays["sums"])
+        return cls(shape, arrays["values"], arrays["scales"])
 
     def widened(self) -> Array:
         """The float32 matrix that these numbers stand for."""
-        rows = self.values.transpose(0, 2, 1, 3).reshape(len(self.scales), -1)
-        full = rows.astype(np.float32) * self.scales[:, None]
-        return full[: self.shape[0], : self.shape[1]]
+        blocks, groups = self.values.shape[:2]
+        integers = (
+            self.values.transpose(0, 3, 1, 2, 4).reshape(blocks, BLOCK_OUTPUTS, groups, GROUP).astype(np.float32) - _ZERO_INT8
+        )
+        full = integers * self.scales.astype(np.float32).transpose(0, 2, 1)[..., None]
+        return full.reshape(blocks * BLOCK_OUTPUTS, -1)[: self.shape[0], : self.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,10 @@ class PackedInt4:
 
 def int8_shapes(shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shapes and types of the arrays of a matrix that is not packed yet."""
-    blocks, quads = -(-shape[0] // BLOCK_OUTPUTS), -(-shape[1] // QUAD)
-    outputs = blocks * BLOCK_OUTPUTS
+    blocks, groups = -(-shape[0] // BLOCK_OUTPUTS), -(-shape[1] // GROUP)
     return {
-        "values": ((blocks, quads, BLOCK_OUTPUTS, QUAD), np.int8),
-        "scales": ((outputs,), np.float32),
-        "sums": ((outputs,), np.int32),
+        "values": ((blocks, groups, 8, BLOCK_OUTPUTS, QUAD), np.uint8),
+        "scales": ((blocks, groups, BLOCK_OUTPUTS), np.float16),
     }
 
 
@@ -105,16 +106,21 @@ def int4_shapes(shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], type
 
 
 def pack_int8(weight: Array) -> PackedInt8:
-    """Rounds each output's inputs to multiples of its largest magnitude over 127. weight [out, in] float32, finite."""
-    shape = (weight.shape[0], weight.shape[1])
+    """Rounds each group of 32 to multiples of its largest magnitude over 127. weight [out, in] float32, finite."""
+    groups = _padded(weight, 1, GROUP).reshape(weight.shape[0], -1, GROUP)
+    scales = (np.abs(groups).max(axis=2) / _MOST_INT8).astype(np.float16)
+    integers = np.clip(np.rint(groups / _divisors(scales)), -_MOST_INT8, _MOST_INT8).astype(np.int8)
+    return pack_bytes(integers.reshape(weight.shape[0], -1)[:, : weight.shape[1]], scales)
+
+
+def pack_bytes(integers: Array, scales: Array) -> PackedInt8:
+    """From integers that a file holds: integers [out, in] int8, scales [out, groups of 32] float16."""
+    shape = (integers.shape[0], integers.shape[1])
     _check("int8", shape)
-    scales = np.abs(weight).max(axis=1, initial=0.0).astype(np.float32) / np.float32(_MOST_INT8)
-    divisors = np.where(scales > 0, scales, np.float32(1))
-    integers = _padded(np.clip(np.rint(weight / divisors[:, None]), -_MOST_INT8, _MOST_INT8).astype(np.int8), BLOCK_OUTPUTS, QUAD)
-    blocks = integers.reshape(-1, BLOCK_OUTPUTS, integers.shape[1] // QUAD, QUAD)
-    values = aligned(blocks.transpose(0, 2, 1, 3))
-    sums = integers.sum(axis=1, dtype=np.int32)
-    return PackedInt8(shape, values, _padded(scales[:, None], BLOCK_OUTPUTS, 1)[:, 0].copy(), sums)
+    full = _padded(integers, BLOCK_OUTPUTS, GROUP).view(np.uint8) ^ _ZERO_INT8
+    blocks = full.reshape(-1, BLOCK_OUTPUTS, full.shape[1] // GROUP, GROUP // QUAD, QUAD).transpose(0, 2, 3, 1, 4)
+    ordered = _padded(scales.astype(np.float16), BLOCK_OUTPUTS, 1).reshape(-1, BLOCK_OUTPUTS, scales.shape[1]).transpose(0, 2, 1)
+    return PackedInt8(shape, aligned(blocks), np.ascontiguousarray(ordered))
 
 
 def pack_int4(weight: Array) -> PackedInt4:
@@ -123,8 +129,7 @@ def pack_int4(weight: Array) -> PackedInt4:
     groups = weight.reshape(weight.shape[0], -1, GROUP)
     least = groups.min(axis=2).astype(np.float16)
     scales = ((groups.max(axis=2) - least.astype(np.float32)) / _MOST_NIBBLE).astype(np.float16)
-    wide = scales.astype(np.float32)[..., None]
-    steps = (groups - least.astype(np.float32)[..., None]) / np.where(wide > 0, wide, np.float32(1))
+    steps = (groups - least.astype(np.float32)[..., None]) / _divisors(scales)
     nibbles = np.clip(np.rint(steps), 0, _MOST_NIBBLE).astype(np.uint8)
     return pack_nibbles(nibbles.reshape(weight.shape), scales, least)
 
@@ -154,6 +159,11 @@ def _check(format: IntegerFormat, shape: tuple[int, int]) -> None:
     reason = refusal(format, shape)
     if reason:
         raise ValueError(reason)
+
+
+def _divisors(scales: Array) -> Array:
+    wide = scales.astype(np.float32)[..., None]
+    return np.where(wide > 0, wide, np.float32(1))
 
 
 def _padded(array: Array, rows: int, columns: int) -> Array:
