@@ -104,6 +104,7 @@ class StampedRunner:
 
     config = SimpleNamespace(vocab_size=VOCABULARY_SIZE, context_tokens=CONTEXT_TOKENS, num_layers=1, num_kv_heads=1, head_dim=1)
     weight_format = "stamped"
+    weight_format_reason = "asked for"
     device_description = "simulated"
 
     def __init__(self, pool: KvPool, process: Process, seconds: Seconds, harm: Harm) -> None:
