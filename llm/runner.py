@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +16,8 @@ from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.format_choice import FormatChoice, choose_format, machine_name, remembered_choice
 from llm.gpu.settings import GpuSettings
-from llm.model import Model
-from llm.ops.operations import HostOperations, TorchOperations
+from llm.host_model import HostModel, SteppedModel, choose_operations, make_host_model, num_threads
+from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
 from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
 from llm.weights_file import lock_file
@@ -66,16 +64,14 @@ class Pool(Protocol):
 class ModelRunner:
     """One model on one device. Not thread-safe: one engine thread owns it."""
 
-    def __init__(
-        self, model: Model, operations: HostOperations, settings: RunnerSettings, choice: FormatChoice, progress: Progress
-    ) -> None:
+    def __init__(self, model: HostModel, settings: RunnerSettings, choice: FormatChoice, progress: Progress) -> None:
         self.config: ModelConfig = model.config
         self.weight_format: str = choice.format
         self.weight_format_reason: str = choice.reason
         """Why this format, for people."""
         self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
         """Follows the settings, not the measured choice: workers of one suite must agree on it."""
-        self._model, self._operations, self._settings, self._progress = model, operations, settings, progress
+        self._model, self._settings, self._progress = model, settings, progress
         self._pool: torch.Tensor | None = None
 
     @classmethod
@@ -87,14 +83,14 @@ class ModelRunner:
             return GpuModelRunner.load(files, settings, progress)
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
-        operations = _choose_operations(settings)
-        choice = _choose_format(files, config, settings, operations, report)
+        torch.set_num_threads(num_threads(settings.threads))
+        choice = _choose_format(files, config, settings, report)
         if choice.format not in DTYPES:
             raise UnsupportedModelError(
                 f"--weights {choice.format}: there are no kernels for it here; served are {', '.join(DTYPES)}"
             )
         request = WeightRequest(files, config, choice.format, settings.device, settings.cache_directory)
-        return cls(Model(config, load_tensors(request, report), operations), operations, settings, choice, report)
+        return cls(_make_model(config, load_tensors(request, report), settings, report), settings, choice, report)
 
     def adopt_thread(self) -> None:
         """Called first on a thread that is to call `forward`, in place of the thread that did so before."""
@@ -120,8 +116,7 @@ class ModelRunner:
         """
         assert self._pool is not None, "attach a pool first"
         batch = build_batch(slices, self._pool.shape[4])
-        with self._operations.step(batch):
-            return self._model.forward(batch, self._pool)
+        return self._model.forward(batch, self._pool)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles kernels and touches the weights. Overwrites the pool's first blocks: call it before any is handed out."""
@@ -144,20 +139,17 @@ def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int) ->
     return [[single] * count for count in (1, 2, 3)] + [[chunk] for chunk in chunks]
 
 
-def _choose_operations(settings: RunnerSettings) -> HostOperations:
-    """Compiled kernels where they can be had, the references elsewhere."""
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    if settings.device != "cpu" or importlib.util.find_spec("numba") is None:
-        return TorchOperations()
-    from llm.ops.cpu.operations import CpuOperations
+def _make_model(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor], settings: RunnerSettings, progress: Progress
+) -> HostModel:
+    if settings.device != "cpu":
+        return SteppedModel(config, tensors, TorchOperations())
+    with _compiling(settings, progress):
+        progress(0.0, "preparing kernels")
+        return make_host_model(config, tensors, num_threads(settings.threads), settings.cache_directory)
 
-    return CpuOperations(threads)
 
-
-def _choose_format(
-    files: ModelFiles, config: ModelConfig, settings: RunnerSettings, operations: HostOperations, progress: Progress
-) -> FormatChoice:
+def _choose_format(files: ModelFiles, config: ModelConfig, settings: RunnerSettings, progress: Progress) -> FormatChoice:
     if settings.told_format is not None:
         return FormatChoice(settings.told_format, settings.told_by)
     if settings.device != "cpu":
@@ -166,7 +158,9 @@ def _choose_format(
     name = f"{settings.role}-{machine_name(torch.get_num_threads())}-{files.digest.replace(':', '-')[:40]}.json"
     with _compiling(settings, progress):
         path = settings.cache_directory / "formats" / name
-        choice = remembered_choice(path, lambda: choose_format(config, settings.role, operations))
+        choice = remembered_choice(
+            path, lambda: choose_format(config, settings.role, choose_operations(num_threads(settings.threads)))
+        )
     logger.info("%s weights: %s", choice.format, choice.reason)
     return choice
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from llm.config import load_model_config
+from llm.host_model import SteppedModel, choose_operations, make_host_model
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
-from llm.model import Model
 from llm.ops.operations import TorchOperations
 from llm.runner import ModelRunner, RunnerSettings, SequenceSlice
 from llm.weights import WeightRequest, load_tensors
+from tandem.models import cache_directory
 from tests.unit.llm.dense_model import dense_logits
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,19 +37,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TOKENS = [(7 * index * index + 3 * index) % 128 for index in range(90)]
 
 
+def by_default(config: Any, tensors: Any) -> Any:
+    return make_host_model(config, tensors, 2, cache_directory())
+
+
+MODELS = {
+    "default": by_default,
+    "kernels": lambda config, tensors: SteppedModel(config, tensors, choose_operations(2)),
+    "references": lambda config, tensors: SteppedModel(config, tensors, TorchOperations()),
+}
+
+
 def make_runner(
-    files: Any, dtype: str = "float32", block_tokens: int = 16, operations: Any = None
+    files: Any, dtype: str = "float32", block_tokens: int = 16, make_model: Any = None
 ) -> tuple[ModelRunner, torch.Tensor]:
     """A runner with a poisoned pool, and the dense model's logits. Weights are made large, so that layers matter."""
-    settings = RunnerSettings("decode", dtype=dtype, threads=2, cache_directory=Path("unused"))  # type: ignore[arg-type]
+    settings = RunnerSettings("decode", dtype=dtype, threads=2, cache_directory=cache_directory())  # type: ignore[arg-type]
     config = load_model_config(files.format, None, files.random_config)
     runner = ModelRunner.load(files, settings)
-    tensors = load_tensors(WeightRequest(files, config, runner.weight_format, "cpu", Path("unused")), lambda *_: None)
+    tensors = load_tensors(WeightRequest(files, config, runner.weight_format, "cpu", cache_directory()), lambda *_: None)
     tensors = {
         name: tensor * 10 if tensor.ndim == 2 else tensor + 0.1 * torch.arange(len(tensor)).cos()
         for name, tensor in tensors.items()
     }
-    runner._model = Model(config, tensors, operations or runner._model._operations)
+    runner._model = (make_model or by_default)(config, tensors)
     pool = KvPool.create(KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, runner.kv_dtype), 60)
     pool.tensor.fill_(float("nan"))
     runner.attach(pool)
@@ -60,17 +72,18 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4)
     assert (actual.double() - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("operations", [None, TorchOperations()], ids=["kernels", "references"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prompt_at_once(random_files: Any, variant: str, operations: Any) -> None:
-    runner, expected = make_runner(random_files(**VARIANTS[variant]), operations=operations)
+def test_prompt_at_once(random_files: Any, variant: str, model: str) -> None:
+    runner, expected = make_runner(random_files(**VARIANTS[variant]), make_model=MODELS[model])
     close(runner.forward([SequenceSlice(TOKENS, 0, range(5, 15), "all")]), expected)
 
 
+@pytest.mark.parametrize("model", ["default", "kernels"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16, 64])
-def test_any_chunk_size(random_files: Any, variant: str, chunk: int) -> None:
-    runner, expected = make_runner(random_files(**VARIANTS[variant]))
+def test_any_chunk_size(random_files: Any, variant: str, chunk: int, model: str) -> None:
+    runner, expected = make_runner(random_files(**VARIANTS[variant]), make_model=MODELS[model])
     blocks = [9, 4, 30, 2, 17, 50, 1]
     parts = [runner.forward([SequenceSlice(TOKENS[at : at + chunk], at, blocks, "all")]) for at in range(0, len(TOKENS), chunk)]
     close(torch.cat(parts), expected)

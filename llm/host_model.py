@@ -1,0 +1,82 @@
+"""The model that a CPU worker runs: native code where it can be built, else operations one by one."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llm.batch import Batch
+from llm.config import ModelConfig
+from llm.model import Model
+from llm.ops.operations import HostOperations, TorchOperations
+
+logger = logging.getLogger(__name__)
+
+
+class HostModel(Protocol):
+    """A model whose steps are complete when they return."""
+
+    config: ModelConfig
+    layer_done: Callable[[], None]
+    """Called once per layer of each long step, and at least once a step."""
+
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""
+        ...
+
+
+class SteppedModel(Model):
+    """A model of the host's operations, which are told of each step."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], operations: HostOperations) -> None:
+        super().__init__(config, tensors, operations)
+        self._host = operations
+
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        with self._host.step(batch):
+            return super().forward(batch, pool)
+
+
+def make_host_model(config: ModelConfig, tensors: Mapping[str, torch.Tensor], threads: int, cache_directory: Path) -> HostModel:
+    """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile."""
+    library = native_library(cache_directory)
+    if library is not None:
+        from llm.ops.cpu.native.model import NativeModel, refusal
+
+        reason = refusal(config, tensors)
+        if reason is None:
+            return NativeModel(config, tensors, library, threads)
+        logger.info("the native step does not take this model: %s", reason)
+    return SteppedModel(config, tensors, choose_operations(threads))
+
+
+def native_library(cache_directory: Path) -> ctypes.CDLL | None:
+    """None where it cannot be built, which is logged."""
+    from llm.ops.cpu.native.library import NativeUnavailableError, load
+
+    try:
+        return load(cache_directory)
+    except NativeUnavailableError as error:
+        logger.warning("no native step, which costs speed and the packed weight formats: %s", error)
+        return None
+
+
+def choose_operations(threads: int) -> HostOperations:
+    """Compiled kernels where they can be had, the references elsewhere."""
+    if importlib.util.find_spec("numba") is None:
+        return TorchOperations()
+    from llm.ops.cpu.operations import CpuOperations
+
+    return CpuOperations(threads)
+
+
+def num_threads(told: int | None) -> int:
+    """Every core that this process may use, unless told."""
+    return told or len(os.sched_getaffinity(0))
