@@ -2,17 +2,21 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from gateway.capacity import Capacity
 from gateway.drain_rate import DrainRate
-from gateway.fair_queue import FairQueue, Waiting
-from gateway.routing import Capacity
+from gateway.fair_queue import FairQueue, Waiting, size_class
 from tandem.errors import Reason, TandemError
 
 # No more than this part of the time that a request has left may go to waiting, as far as that can be told.
 WAITING_SHARE = 0.5
+# Work that the prefill workers are given ahead: enough to be busy, and little beside any deadline. What would wait there for longer
+# waits here, where it is ordered, bounded and refused in time.
+PREFILL_AHEAD_S = 1.0
 # What a client that is turned away is told to wait, at least and at most.
 SHORTEST_RETRY_S = 0.5
 LONGEST_RETRY_S = 30.0
@@ -41,17 +45,30 @@ class Size:
 
 
 @dataclass(eq=False)
-class _Turn:
-    """`came` gets the tokens that the request counts for while it runs."""
+class _Running:
+    """A request that has its place, and the tokens of decode workers' pools that it counts for.
+
+    Until it is `prefilled`, its prompt is the prefill workers' work.
+    """
 
     size: Size
-    came: asyncio.Future[float]
+    footprint: float
+    prefilled: bool = False
+
+
+@dataclass(eq=False)
+class _Turn:
+    """`came` gets the place."""
+
+    size: Size
+    came: asyncio.Future[_Running]
 
 
 class Admission:
-    """Lets as many requests run as `max_running` and the decode workers' `capacity` allow; others wait in a bounded, fair queue.
+    """Lets as many requests run as `max_running` and the workers' `capacity` allow; others wait in a bounded, fair queue.
 
-    Used on the event loop.
+    A prompt waits while those of its size and smaller ones are work for `PREFILL_AHEAD_S` already; other sizes may pass it,
+    as they do in the prefill workers. Used on the event loop.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class Admission:
         self._rate = DrainRate()
         self._num_running = 0
         self._running_tokens = 0.0
+        self._prefilling: Counter[int] = Counter()
         self._average_completion = float(FIRST_COMPLETION_TOKENS)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -85,23 +103,23 @@ class Admission:
 
     def check(self, num_tokens: int = 0) -> None:
         """Raises QUEUE_FULL if a request of `num_tokens` prompt tokens would be turned away now."""
-        if not self._may_run(Size(num_tokens)):
+        if self.num_queued or not self._has_room(Size(num_tokens)):
             self._check_queue(num_tokens)
 
     @asynccontextmanager
-    async def place(self, size: Size, deadline: float) -> AsyncIterator[None]:
-        """Waits for a place and holds it.
+    async def place(self, size: Size, deadline: float) -> AsyncIterator[Callable[[], None]]:
+        """Waits for a place and holds it. Gives what to call once the prompt is computed, idempotent.
 
         Raises QUEUE_FULL at once if the queue has no room, DEADLINE_EXCEEDED if `deadline` (monotonic seconds) has passed or would
         leave no time to run.
         """
         self._check_deadline(deadline)
-        footprint = await self._enter(size, deadline)
+        running = await self._enter(size, deadline)
         try:
             self._check_deadline(deadline)
-            yield
+            yield lambda: self._prefilled(running)
         finally:
-            self._leave(footprint)
+            self._leave(running)
 
     def completed(self, num_completion_tokens: int) -> None:
         """A completion has ended with so many tokens."""
@@ -118,10 +136,25 @@ class Admission:
             await self._idle.wait()
 
     def _may_run(self, size: Size) -> bool:
-        return not self.num_queued and self._has_room(size)
+        """Whether a newcomer need not wait; it passes nobody but those who wait for prefill workers."""
+        heads = self._queue.heads()
+        return (
+            not self._prefill_is_busy(size)
+            and self._has_room(size)
+            and all(self._prefill_is_busy(head.item.size) for head in heads)
+        )
+
+    def _prefill_is_busy(self, size: Size) -> bool:
+        """One prompt of a size may always be there."""
+        capacity = self._capacity()
+        if capacity is None or not capacity.prefill_tokens_per_s:
+            return False
+        mine = size_class(size.prompt_tokens)
+        ahead = sum(tokens for other, tokens in self._prefilling.items() if other <= mine)
+        return ahead > PREFILL_AHEAD_S * capacity.prefill_tokens_per_s
 
     def _has_room(self, size: Size) -> bool:
-        """There is always room for one: a worker knows best whether it holds that."""
+        """Of the decode workers. There is always room for one: a worker knows best whether it holds that."""
         if not self._num_running:
             return True
         if self._num_running >= self._limits.max_running:
@@ -135,8 +168,7 @@ class Admission:
     def _footprint(self, size: Size) -> float:
         return size.prompt_tokens + min(size.max_new_tokens, self._average_completion)
 
-    async def _enter(self, size: Size, deadline: float) -> float:
-        """Returns the tokens that the request counts for while it runs."""
+    async def _enter(self, size: Size, deadline: float) -> _Running:
         if self._may_run(size):
             return self._start(size)
         self._check_queue(size.prompt_tokens)
@@ -151,11 +183,22 @@ class Admission:
             self._withdraw(waiting)
             raise
 
-    def _start(self, size: Size) -> float:
-        footprint = self._footprint(size)
+    def _start(self, size: Size) -> _Running:
+        running = _Running(size, self._footprint(size))
         self._num_running += 1
-        self._running_tokens += footprint
-        return footprint
+        self._running_tokens += running.footprint
+        self._prefilling[size_class(size.prompt_tokens)] += size.prompt_tokens
+        return running
+
+    def _prefilled(self, running: _Running) -> None:
+        if not running.prefilled:
+            self._count_prefilled(running)
+            self._let_in()
+
+    def _count_prefilled(self, running: _Running) -> None:
+        if not running.prefilled:
+            running.prefilled = True
+            self._prefilling[size_class(running.size.prompt_tokens)] -= running.size.prompt_tokens
 
     def _withdraw(self, waiting: Waiting[_Turn]) -> None:
         """A waiter gives up; its turn, if it had come already, goes to the next."""
@@ -165,14 +208,23 @@ class Admission:
         elif not came.cancelled():
             self._leave(came.result())
 
-    def _leave(self, footprint: float) -> None:
+    def _leave(self, running: _Running) -> None:
         self._num_running -= 1
-        self._running_tokens -= footprint
+        self._running_tokens -= running.footprint
+        self._count_prefilled(running)
         self._let_in()
 
+    def _next(self) -> Waiting[_Turn] | None:
+        """The first of those whom the prefill workers have time for, if the decode workers have room for it."""
+        for head in self._queue.heads():
+            if not self._prefill_is_busy(head.item.size):
+                return head if self._has_room(head.item.size) else None
+        return None
+
     def _let_in(self) -> None:
-        while (first := self._queue.peek()) is not None and self._has_room(first.item.size):
-            turn = self._queue.pop().item
+        while (head := self._next()) is not None:
+            self._queue.take(head)
+            turn = head.item
             if not turn.came.cancelled():
                 self._rate.gave(self._clock())
                 turn.came.set_result(self._start(turn.size))

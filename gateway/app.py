@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from gateway.admission import Admission
+from gateway.capacity import Capacity, capacity_of
 from gateway.ejection import Ejector
 from gateway.fleet import Fleet
 from gateway.model_service import ModelServicer, TokenizerServicer
 from gateway.operations_service import GatewayCounts, OperationsServicer
 from gateway.quarantine import Quarantine
 from gateway.relay import Relay
-from gateway.routing import Capacity, PlacementLedger, RequestCounts, Role, decode_capacity, usable
+from gateway.routing import PlacementLedger, RequestCounts, Role, usable
 from gateway.served_model import ServedModel, load_served_model
 from gateway.service import GenerationServicer
 from gateway.settings import GatewaySettings
@@ -106,7 +107,7 @@ class Gateway:
         add(operations_pb2_grpc.add_OperationsServiceServicer_to_server, operations, f"{package}.OperationsService")
 
     def _capacity(self) -> Capacity | None:
-        return decode_capacity(self.directory.workers, self._model.digest)
+        return capacity_of(self.directory.workers, self._model.digest)
 
     def _on_worker(self, address: str) -> None:
         self._ledger.heard(address)

@@ -17,8 +17,12 @@ class Waiting(Generic[T]):
 
     @property
     def size_class(self) -> int:
-        """Sizes within a factor of four are one class."""
-        return self.num_tokens.bit_length() // 2
+        return size_class(self.num_tokens)
+
+
+def size_class(num_tokens: int) -> int:
+    """Sizes within a factor of four are one class; a larger class holds larger sizes."""
+    return num_tokens.bit_length() // 2
 
 
 @dataclass
@@ -48,21 +52,19 @@ class FairQueue(Generic[T]):
         mine.waiting.append(waiting)
         self._count(waiting, 1)
 
-    def peek(self) -> Waiting[T] | None:
-        """Whose turn is next."""
-        chosen = self._next_class()
-        return None if chosen is None else chosen.waiting[0]
+    def heads(self) -> list[Waiting[T]]:
+        """The first of each class, in the order of their turns."""
+        wanting = [each for each in self._classes.values() if each.waiting]
+        wanting.sort(key=lambda each: (each.served, each.waiting[0].num_tokens))
+        return [each.waiting[0] for each in wanting]
 
-    def pop(self) -> Waiting[T]:
-        """Lets the next one in. IndexError if nobody waits."""
-        chosen = self._next_class()
-        if chosen is None:
-            raise IndexError("nobody waits")
-        self._served = chosen.served
-        first = chosen.waiting.popleft()
-        chosen.served += max(first.num_tokens, 1)
-        self._count(first, -1)
-        return first
+    def take(self, head: Waiting[T]) -> None:
+        """One of the `heads` is let in."""
+        chosen = self._classes[head.size_class]
+        self._served = max(self._served, chosen.served)
+        chosen.waiting.popleft()
+        chosen.served += max(head.num_tokens, 1)
+        self._count(head, -1)
 
     def remove(self, waiting: Waiting[T]) -> bool:
         """Whether it was still there."""
@@ -85,10 +87,6 @@ class FairQueue(Generic[T]):
             if size_class != newcomer.size_class:
                 number += sum(so_far <= tokens for so_far in accumulate(each.num_tokens for each in other.waiting))
         return number
-
-    def _next_class(self) -> _Class[T] | None:
-        wanting = [each for each in self._classes.values() if each.waiting]
-        return min(wanting, key=lambda each: (each.served, each.waiting[0].num_tokens), default=None)
 
     def _count(self, waiting: Waiting[T], sign: int) -> None:
         self.num_waiting += sign

@@ -8,9 +8,6 @@ from enum import Enum
 
 from tandem.errors import Reason, TandemError
 
-# Stands for a bound that a worker does not state.
-UNBOUNDED = 1 << 30
-
 
 class Role(Enum):
     """What a worker does."""
@@ -103,14 +100,6 @@ class Placement:
 
     prefill: Worker
     decode: Worker
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Requests, and tokens of prompt and completion together, that there is room for at once."""
-
-    num_requests: int
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -227,14 +216,6 @@ def usable(workers: Collection[Worker], role: Role, model_digest: str, without: 
 def largest_decode_pool(workers: Collection[Worker], model_digest: str) -> int | None:
     """Most tokens of prompt and completion together that a usable decode worker can hold; None while there is none."""
     return max((worker.pool_tokens for worker in usable(workers, Role.DECODE, model_digest)), default=None)
-
-
-def decode_capacity(workers: Collection[Worker], model_digest: str) -> Capacity | None:
-    """What all usable decode workers hold together; None while there is none."""
-    found = usable(workers, Role.DECODE, model_digest)
-    if not found:
-        return None
-    return Capacity(sum(worker.max_requests or UNBOUNDED for worker in found), sum(worker.pool_tokens for worker in found))
 
 
 # Prompts of a size share a worker with others, and wait for no more than so many times their own tokens of those.

@@ -100,24 +100,30 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def _run(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
         self._relay.check(job)
         self._relay.check_deadline(job)
-        async with self._admission.place(Size(len(job.token_ids), job.stopping.max_tokens), job.deadline):
-            await self._stream(job, timeline, context, span)
+        async with self._admission.place(Size(len(job.token_ids), job.stopping.max_tokens), job.deadline) as prefilled:
+            await self._stream(job, timeline, context, span, prefilled)
 
-    async def _stream(self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span) -> None:
+    async def _stream(
+        self, job: GenerationJob, timeline: Timeline, context: grpc.aio.ServicerContext, span: Span, prefilled: Callable[[], None]
+    ) -> None:
         pending = PendingOutput()
         completion = Completion(job, self._model.tokenizer, pending)
         relaying = asyncio.create_task(self._relay.run(job, completion, timeline))
         relaying.add_done_callback(lambda task: _hand_over(task, pending))
         try:
-            ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context)
+            ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context, prefilled)
             note_ending(span, ending)
             self._admission.completed(ending.num_completion_tokens)
         finally:
             await cancel_and_wait(relaying)
 
-    async def _write_all(self, pending: PendingOutput, writer: ResponseWriter, context: grpc.aio.ServicerContext) -> Ending:
+    async def _write_all(
+        self, pending: PendingOutput, writer: ResponseWriter, context: grpc.aio.ServicerContext, prefilled: Callable[[], None]
+    ) -> Ending:
+        """Calls `prefilled` as soon as there is a token."""
         while True:
             event = await pending.take()
+            prefilled()
             await self._write(writer.response(event), context)
             if isinstance(event, Ending):
                 return event

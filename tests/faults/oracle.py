@@ -67,6 +67,7 @@ class Record:
     code: str | None = None
     reason: str = ""
     message: str = ""
+    has_retry_info: bool = False
     longest_gap_s: float = 0.0
 
     @property

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from tandem.api.v1 import generation_pb2, generation_pb2_grpc
 from tandem.errors import from_rpc_error
@@ -98,8 +100,7 @@ class Client:
 
     def send(self, asked: Asked) -> Record:
         """Starts a request; its record fills as the answer comes."""
-        request = asked.request
-        record = Record(asked.number, asked.kind, len(request.token_ids.ids), asked.deadline_s, asked.expected)
+        record = blank(asked)
         self.records.append(record)
         task = asyncio.create_task(converse(self.channel, asked, record))
         self.running.add(task)
@@ -112,6 +113,11 @@ class Client:
             await asyncio.wait(self.running, timeout=limit_s)
         for task in self.running:
             task.cancel()
+
+
+def blank(asked: Asked) -> Record:
+    """The record of a request that has not begun."""
+    return Record(asked.number, asked.kind, len(asked.request.token_ids.ids), asked.deadline_s, asked.expected)
 
 
 async def converse(channel: grpc.aio.Channel, asked: Asked, record: Record) -> None:
@@ -134,10 +140,17 @@ async def converse(channel: grpc.aio.Channel, asked: Asked, record: Record) -> N
         failure = from_rpc_error(error)
         record.ended, record.code = time.monotonic(), error.code().name
         record.reason, record.message = failure.reason.value, failure.message
+        record.has_retry_info = has_retry_info(error)
     except asyncio.CancelledError:
         if asked.cancel_after is None:  # the run is over, and this request is not
             raise
         record.ended, record.code = time.monotonic(), "CANCELLED"
+
+
+def has_retry_info(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the client was told when to come again."""
+    status = rpc_status.from_call(error)
+    return status is not None and any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
 
 
 def note(record: Record, response: generation_pb2.GenerateResponse) -> None:

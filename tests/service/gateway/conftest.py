@@ -88,8 +88,9 @@ class Suite:
         await self.until(lambda: self.gateway.num_running == 0)
 
 
-async def collect(call: grpc.aio.UnaryStreamCall) -> Answer:
-    answer = Answer()
+async def collect(call: grpc.aio.UnaryStreamCall, answer: Answer | None = None) -> Answer:
+    """Fills the answer as it comes, and returns it when it is over."""
+    answer = answer or Answer()
     try:
         async for response in call:
             answer.responses.append(response)

@@ -12,7 +12,7 @@ from gateway.workers import WatchTimes
 from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.errors import Reason, TandemError
 from tests.fakes.workers import FakeDecode, FakePrefill, FakeWorker, letters, spelling
-from tests.service.gateway.conftest import Answer, MakeSuite, Suite
+from tests.service.gateway.conftest import Answer, MakeSuite, Suite, collect
 
 PROMPT = [3 + byte for byte in b"hello"]
 PREFILL_PHASES = ("queue", "admit", "run")
@@ -30,10 +30,13 @@ def first_choice(workers: Sequence[FakeWorker]) -> tuple[Any, Any]:
 
 
 async def interrupted(suite: Suite, worker: FakeWorker, phase: str, **fields: object) -> Answer:
-    """A request whose worker is killed at a phase."""
+    """A request whose worker is killed at a phase: at "token N" the client has all tokens before it."""
     worker.gates.close(phase)
-    answering = asyncio.create_task(suite.generate(**{"text": "hello", "stopping": {"max_tokens": 10}, **fields}))
+    answer = Answer()
+    call = suite.call(**{"text": "hello", "stopping": {"max_tokens": 10}, **fields})
+    answering = asyncio.create_task(collect(call, answer))
     await worker.gates.reached(phase)
+    await suite.until(lambda: len(answer.token_ids) >= int(phase.partition("token ")[2] or 0))
     await worker.kill()
     return await answering
 

@@ -60,6 +60,12 @@ class Transfer:
         self.producer.finish(ticket.ticket_id, FIRST_TOKEN)
         return ticket
 
+    async def sealed(self, block_ids: Sequence[int] = tuple(range(8))) -> KvTicket:
+        """A finished ticket whose checksums are all known, so that one frame tells all blocks."""
+        ticket = self.complete(block_ids)
+        await self.until(lambda: self.producer._outboxes[ticket.ticket_id].num_told == len(ticket.block_ids))
+        return ticket
+
     def arrived(self, ticket: KvTicket, block_ids: Sequence[int]) -> bool:
         return torch.equal(_words(self.target)[list(block_ids)], _words(self.source)[list(ticket.block_ids)])
 

@@ -14,6 +14,8 @@ from kvtransfer.ticket import TcpOffer
 from kvtransfer.transports.connection import Connection
 from kvtransfer.transports.tcp_frames import PullMessage, encode
 from llm.kv.allocator import BlockAllocator
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
 from tests.service.kvtransfer.harness import LAYOUT, LEASE_S, NUM_BLOCKS, transfer
 
@@ -96,7 +98,10 @@ async def test_memory_without_a_fence_is_not_read() -> None:
 
 
 async def test_a_sender_stops_with_its_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A consumer that does not read has the sender wait in the middle of a block. Once the lease is over no byte more is sent."""
+    """A consumer that does not read has the sender wait in the middle of a block. Once the lease is over no byte more is sent.
+
+    The blocks are far more than the kernel buffers, so most of them are still to be sent when it waits.
+    """
     waits, ready = list[object](), Connection._ready
 
     async def noted(self: Connection, add: object, *rest: object) -> None:
@@ -105,26 +110,40 @@ async def test_a_sender_stops_with_its_ticket(monkeypatch: pytest.MonkeyPatch) -
         await ready(self, add, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Connection, "_ready", noted)
-    async with transfer("tcp") as at:
-        ticket = at.complete(tuple(range(NUM_BLOCKS)))
+    async with transfer("tcp", make_pool=large_pool) as at:
+        ticket = await at.sealed(tuple(range(NUM_BLOCKS)))
         offer = next(offer for offer in ticket.offers if isinstance(offer, TcpOffer))
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(sock, (offer.host, offer.port))
-        for _ in range(200):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, (offer.host, offer.port))
             await loop.sock_sendall(sock, encode(PullMessage(ticket.ticket_id, ticket.epoch, 0)))
-        await at.until(lambda: bool(waits))
-        at.wait(LEASE_S)
-        assert at.freed == [ticket.block_ids]
-        for block in ticket.block_ids:
-            at.source.block_view(block)[:] = b"\xee" * LAYOUT.block_bytes
-        received = b""
-        try:
-            while b"\xee" * 64 not in received and (part := await loop.sock_recv(sock, 1 << 16)):
-                received += part
-        except ConnectionError:
-            pass
-        sock.close()
-        assert len(received) > 0 and b"\xee" * 64 not in received
+            await at.until(lambda: bool(waits))
+            at.wait(LEASE_S)
+            assert at.freed == [ticket.block_ids]
+            for block in ticket.block_ids:
+                at.source.block_view(block)[:] = OTHERS * at.source.layout.block_bytes
+            num_received, foreign = await received(sock)
+        assert not foreign, "bytes of the block's next user"
+        assert 0 < num_received < NUM_BLOCKS * at.source.layout.block_bytes // 2
+
+
+OTHERS = b"\xee"
+
+
+def large_pool(layout: KvLayout, num_blocks: int) -> KvPool:
+    return KvPool.create(replace(layout, head_dim=256 * layout.head_dim), num_blocks)
+
+
+async def received(sock: socket.socket) -> tuple[int, bool]:
+    """Reads until the end, or until bytes come that were written into the blocks later. How many came, and whether those did."""
+    num_bytes = 0
+    try:
+        while part := await asyncio.get_running_loop().sock_recv(sock, 1 << 18):
+            num_bytes += len(part)
+            if OTHERS * 64 in part:
+                return num_bytes, True
+    except ConnectionError:
+        pass
+    return num_bytes, False

@@ -47,20 +47,13 @@ def layout_of_stream(ticket: KvTicket) -> dict[str, int]:
     return {"payload": header, "end": header + payload, "total": header + payload + end}
 
 
-async def sealed(at: Transfer) -> KvTicket:
-    """A finished ticket whose checksums are all known, so that one frame tells all blocks."""
-    ticket = at.complete()
-    await at.until(lambda: at.producer._outboxes[ticket.ticket_id]._num_told == len(ticket.block_ids))
-    return ticket
-
-
 @pytest.mark.parametrize(
     "place",
     ["nothing", "prefix", "header", "first byte", "mid block", "block edge", "last payload byte", "end prefix", "end header"],
 )
 async def test_a_torn_stream_is_resumed_from_the_last_verified_block(place: str) -> None:
     async with transfer("tcp") as at:
-        ticket = await sealed(at)
+        ticket = await at.sealed()
         where = layout_of_stream(ticket)
         position = {
             "nothing": 0,
@@ -81,7 +74,7 @@ async def test_a_torn_stream_is_resumed_from_the_last_verified_block(place: str)
 
 async def test_a_stream_torn_twice_is_given_up() -> None:
     async with transfer("tcp") as at:
-        ticket = await sealed(at)
+        ticket = await at.sealed()
         async with proxy(port_of(ticket), cut_after(9_000), cut_after(100)) as between:
             with pytest.raises(TandemError) as caught:
                 await at.puller.pull(through(ticket, between.port), MINE)
@@ -92,7 +85,7 @@ async def test_a_stream_torn_twice_is_given_up() -> None:
 async def test_flipped_bits_are_never_taken_in() -> None:
     """Anywhere in headers or payload: what the pull returns is right, whatever it took."""
     async with transfer("tcp") as at:
-        ticket = await sealed(at)
+        ticket = await at.sealed()
         total = layout_of_stream(ticket)["total"]
         rng = random.Random(7)
         num_refetched = num_resumed = 0

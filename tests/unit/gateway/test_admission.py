@@ -1,14 +1,14 @@
 """Admission: bounded, in order, and safe against cancelling."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import Admission, AdmissionLimits, Size
-from gateway.routing import Capacity
+from gateway.admission import PREFILL_AHEAD_S, Admission, AdmissionLimits, Size
+from gateway.capacity import Capacity
 from tandem.errors import Reason, TandemError
 
 FOREVER = float("inf")
@@ -20,10 +20,11 @@ class Client:
     def __init__(self, admission: Admission, num_tokens: int = 1) -> None:
         self.leave = asyncio.Event()
         self.inside = False
+        self.prefilled: Callable[[], None] = lambda: None
         self.task = asyncio.create_task(self._stay(admission, num_tokens))
 
     async def _stay(self, admission: Admission, num_tokens: int) -> None:
-        async with admission.place(Size(num_tokens, 1), FOREVER):
+        async with admission.place(Size(num_tokens, 1), FOREVER) as self.prefilled:
             self.inside = True
             try:
                 await self.leave.wait()
@@ -241,6 +242,42 @@ async def test_completions_are_taken_to_be_as_long_as_they_were() -> None:
         await settle()
         assert admission.num_queued == 1
     await leave(clients, admission)
+
+
+def prefill_bound(tokens_per_s: float) -> Admission:
+    capacity = Capacity(num_requests=100, num_tokens=100_000, prefill_tokens_per_s=tokens_per_s)
+    return Admission(AdmissionLimits(100, 100, 100_000), capacity=lambda: capacity)
+
+
+async def test_prefill_workers_get_no_more_work_ahead_than_for_a_second() -> None:
+    """Or all would wait there until their deadlines have passed."""
+    admission = prefill_bound(1000 / PREFILL_AHEAD_S)
+    clients = [Client(admission, 300) for _ in range(8)]
+    await settle()
+    assert (admission.num_running, admission.num_queued) == (4, 4)
+    clients[0].prefilled()
+    clients[0].prefilled()
+    await settle()
+    assert (admission.num_running, admission.num_queued) == (5, 3)
+    clients[1].leave.set()
+    await settle()
+    assert (admission.num_running, admission.num_queued) == (5, 2)
+    await leave(clients, admission)
+
+
+async def test_a_short_prompt_passes_long_ones_that_wait_for_prefill_workers() -> None:
+    admission = prefill_bound(1000 / PREFILL_AHEAD_S)
+    longs = [Client(admission, 8000) for _ in range(3)]
+    await settle()
+    shorts = [Client(admission, 200) for _ in range(8)]
+    await settle()
+    assert [client.inside for client in longs] == [True, False, False], "there is always room for one"
+    assert sum(client.inside for client in shorts) == 6
+    for client in (longs[0], *shorts[:3]):
+        client.prefilled()
+    await settle()
+    assert longs[1].inside, "its turn has come, however many short ones wait"
+    await leave([*longs, *shorts], admission)
 
 
 async def leave(clients: list[Client], admission: Admission) -> None:

@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from gateway.capacity import Capacity, capacity_of
 from gateway.routing import (
-    Capacity,
     Layout,
     PlacementLedger,
     Role,
     Wishes,
     Worker,
     choose,
-    decode_capacity,
     largest_decode_pool,
     seconds_ahead,
     usable,
@@ -150,10 +149,13 @@ def test_malformed_targets(text: str) -> None:
         parse_target(text)
 
 
-def test_decode_capacity_is_what_all_usable_workers_hold() -> None:
+def test_the_capacity_is_what_all_usable_workers_do_together() -> None:
     other = replace(DECODE, address="d2:1", max_requests=10)
-    assert decode_capacity([PREFILL, DECODE, other], "model") == Capacity(74, 3200)
-    assert decode_capacity([replace(DECODE, ready=False)], "model") is None
+    assert capacity_of([PREFILL, DECODE, other], "model") == Capacity(74, 3200, 100.0)
+    unmeasured = replace(PREFILL, address="p2:1", tokens_per_second=0.0)
+    assert capacity_of([PREFILL, DECODE, unmeasured], "model") == Capacity(64, 1600, 200.0)
+    assert capacity_of([unmeasured, DECODE], "model") == Capacity(64, 1600, 0.0)
+    assert capacity_of([replace(DECODE, ready=False)], "model") is None
 
 
 def test_seconds_ahead_are_those_of_the_least_busy_and_never_more_than_a_fair_share() -> None:
