@@ -1,32 +1,44 @@
-"""Chooses the weight format of a CPU worker by measuring the model's own matrix shapes with made-up weights."""
+"""Which weight format a CPU worker takes: the fastest here, measured on the model itself, of those that predict well enough."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import psutil
 import torch
 
-from llm.config import ModelConfig
-from llm.ops.linear import Linear
-from llm.ops.operations import Operations
-from llm.weight_format import WeightFormat
+from llm.batch import SequenceSlice
+from llm.config import load_model_config
+from llm.errors import UnsupportedModelError
+from llm.format_check import ALLOWED_CHANGE, Checker, Verdict
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from llm.runner import ModelRunner, RunnerSettings
+from llm.weight_format import FORMATS, WeightFormat
+from llm.weights import ModelFiles, Progress
+from llm.weights_file import lock_file
 from llm.weights_plan import plan_tensors
 
-_ROWS = {"prefill": (256,), "decode": (1, 16)}
-_SAMPLE_BYTES = 96 << 20
-"""Float32 bytes of weights to measure with: more than caches hold, so that memory counts as it will."""
-_FORMATS: Mapping[str, WeightFormat] = {"fp32": "fp32", "bf16": "bf16"}
+logger = logging.getLogger(__name__)
+
+Role = Literal["prefill", "decode"]
+_PROMPT_TOKENS = 256
+_CONTEXT_TOKENS = 128
+_BATCHES = (1, 16)
+_BLOCK_TOKENS = 16
 _REPEATS = 3
 _MARGIN = 1.1
-"""fp32 must be this much faster to be chosen: bf16 halves memory, and two workers of one format share its pages."""
+"""A wider format must be this much faster to be chosen: narrower ones take less memory."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,21 @@ class FormatChoice:
     reason: str
 
 
+def settle_format(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> RunnerSettings:
+    """The settings with a format in them, and the reason. Measured once for each role, model, machine and set of kernels.
+
+    Takes up to a minute the first time. Raises UnsupportedModelError, WeightsError.
+    """
+    if settings.told_format is not None or settings.device != "cpu":
+        return settings
+    directory = settings.cache_directory / "formats"
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_file(directory / "choosing.lock", lambda: progress(0.0, "waiting for another worker that chooses its weight format")):
+        choice = remembered_choice(_path(files, settings), lambda: _choose(files, settings, progress))
+    logger.info("%s weights: %s", choice.format, choice.reason)
+    return replace(settings, weights=choice.format, weights_reason=choice.reason)
+
+
 def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> FormatChoice:
     """The choice that `path` holds, else a measured one, which it holds from then on.
 
@@ -44,7 +71,7 @@ def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> Format
     """
     try:
         known = json.loads(path.read_text())
-        return FormatChoice(_FORMATS[known["format"]], str(known["reason"]))
+        return FormatChoice({format: format for format in FORMATS}[known["format"]], str(known["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
         choice = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,46 +81,105 @@ def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> Format
     return choice
 
 
+def _path(files: ModelFiles, settings: RunnerSettings) -> Path:
+    """`tandem doctor` knows these names too."""
+    name = f"{settings.role}-{files.digest.replace(':', '-')[:40]}-{machine_name(settings.threads or 0)}-{kernels_name()}.json"
+    return settings.cache_directory / "formats" / name
+
+
 def machine_name(threads: int) -> str:
     """Names what a measurement depends on beside the model: processor, threads and torch's version."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith("model name")), processor)
-    return hashlib.sha256(f"{processor} {threads} {torch.__version__}".encode()).hexdigest()[:16]
+    cores = sorted(os.sched_getaffinity(0)) if threads == 0 else threads
+    return hashlib.sha256(f"{processor} {cores} {torch.__version__}".encode()).hexdigest()[:16]
 
 
-def choose_format(config: ModelConfig, role: str, operations: Operations) -> FormatChoice:
-    """Takes a fraction of a second for small models, once the kernels are compiled."""
-    rows = _ROWS[role]
-    wide = _measure(config, torch.float32, rows, operations)
-    narrow = _measure(config, torch.bfloat16, rows, operations)
-    format: WeightFormat = "fp32" if sum(wide) * _MARGIN < sum(narrow) else "bf16"
-    return FormatChoice(format, f"measured at {_join(rows)} rows: fp32 {_milliseconds(wide)} ms, bf16 {_milliseconds(narrow)} ms")
+def kernels_name() -> str:
+    """Names the kernels: another text whenever their code changes."""
+    folder = Path(__file__).parent / "ops"
+    sources = (path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".h", ".cpp"))
+    return hashlib.blake2b(b"".join(sources), digest_size=6).hexdigest()
 
 
-def _measure(config: ModelConfig, dtype: torch.dtype, rows: Sequence[int], operations: Operations) -> list[float]:
-    """Seconds of all layers' matrix products for each number of rows, extrapolated from a few layers."""
-    shapes = [item.shape for item in plan_tensors(config) if item.is_matrix and item.name.startswith("layers.0.")]
-    layer_bytes = 4 * sum(out * size for out, size in shapes)
-    copies = max(1, min(config.num_layers, _SAMPLE_BYTES // layer_bytes))
-    products = [(operations.linear(torch.full(shape, 0.01, dtype=dtype)), shape[1]) for _ in range(copies) for shape in shapes]
-    return [_time(products, count) * config.num_layers / copies for count in rows]
+def _choose(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> FormatChoice:
+    if _exact_bytes(files) > psutil.virtual_memory().total // 2:
+        return FormatChoice("bf16", "the model is too large to be compared with fp32 here")
+    times = _measure_all(files, settings, progress)
+    with contextlib.closing(Checker(files, settings, progress, kernels_name())) as checker:
+        return pick(times, checker.verdict, _description(settings.role))
 
 
-def _time(products: Sequence[tuple[Linear, int]], rows: int) -> float:
-    inputs = {size: torch.ones(rows, size) for _, size in products}
+def pick(times: Mapping[WeightFormat, Sequence[float]], verdict: Callable[[WeightFormat], Verdict], measured: str) -> FormatChoice:
+    """The fastest that passes. `times`: seconds of some steps, for each format; fp32 is one of them and always passes."""
+    reasons = [f"measured {measured}: " + ", ".join(f"{name} {_milliseconds(seconds)} ms" for name, seconds in times.items())]
+    for format in sorted(times, key=lambda name: sum(times[name]) * (_MARGIN if name == "fp32" else 1.0)):
+        found = None if format == "fp32" else verdict(format)
+        if found is None or found.passed:
+            if found is not None:
+                reasons.append(f"predictions change by {found.percent}")
+            return FormatChoice(format, "; ".join(reasons))
+        reasons.append(f"{format} refused, predictions change by {found.percent}, more than {100 * ALLOWED_CHANGE:g} %")
+    raise AssertionError("fp32 is always measured")
+
+
+def _exact_bytes(files: ModelFiles) -> int:
+    config = load_model_config(files.format, files.path, files.random_config)
+    return 4 * sum(item.shape[0] * item.shape[1] for item in plan_tensors(config) if item.is_matrix)
+
+
+def _measure_all(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> dict[WeightFormat, list[float]]:
+    """Formats that this machine has no kernels for are left out."""
+    times: dict[WeightFormat, list[float]] = {}
+    for format in FORMATS:
+        try:
+            progress(0.0, f"choosing the weight format: measuring {format}")
+            runner = ModelRunner.load(files, replace(settings, weights=format), progress)
+        except UnsupportedModelError as error:
+            logger.info("%s is left out: %s", format, error)
+            continue
+        times[format] = _measure(runner, settings.role)
+    return times
+
+
+def _measure(runner: ModelRunner, role: Role) -> list[float]:
+    config = runner.config
+    layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _BLOCK_TOKENS, runner.kv_dtype)
+    steps = list(_steps(role, config.context_tokens, layout))
+    pool = KvPool.create(layout, 1 + max(max(each.block_ids) for step in steps for each in step))
+    try:
+        runner.attach(pool)
+        return [_time(runner, step) for step in steps]
+    finally:
+        pool.close()
+
+
+def _steps(role: Role, context_tokens: int, layout: KvLayout) -> Iterator[list[SequenceSlice]]:
+    """A prompt, or batches of sequences with some context; small models have less room."""
+    if role == "prefill":
+        count = min(_PROMPT_TOKENS, context_tokens)
+        yield [SequenceSlice([0] * count, 0, range(layout.blocks_for(count)))]
+        return
+    context = min(_CONTEXT_TOKENS, context_tokens - 1)
+    blocks = layout.blocks_for(context + 1)
+    for size in _BATCHES:
+        yield [SequenceSlice([0], context, range(index * blocks, (index + 1) * blocks)) for index in range(size)]
+
+
+def _time(runner: ModelRunner, step: list[SequenceSlice]) -> float:
+    runner.forward(step)  # compiles and touches what it needs
     best = float("inf")
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        for product, size in products:
-            product(inputs[size])
+        runner.forward(step)
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _join(rows: Sequence[int]) -> str:
-    return " and ".join(map(str, rows))
+def _description(role: Role) -> str:
+    return f"at {_PROMPT_TOKENS} prompt tokens" if role == "prefill" else f"at batches of {' and '.join(map(str, _BATCHES))}"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,17 +13,14 @@ import torch
 from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
-from llm.format_choice import FormatChoice, choose_format, machine_name, remembered_choice
 from llm.gpu.settings import GpuSettings
-from llm.host_model import HostModel, SteppedModel, choose_operations, make_host_model, num_threads
+from llm.host_model import HostModel, SteppedModel, make_host_model, num_threads
 from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
 from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
 from llm.weights_file import lock_file
 
 __all__ = ["ModelRunner", "RunnerSettings", "SequenceSlice"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,8 @@ class RunnerSettings:
     device: str = "cpu"
     dtype: Dtype = "auto"
     weights: WeightWish = "auto"
+    weights_reason: str = "set by --weights"
+    """Why those, for people."""
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
@@ -44,12 +42,15 @@ class RunnerSettings:
 
     @property
     def told_format(self) -> WeightFormat | None:
-        """The weight format that was asked for; None leaves it to measurement."""
+        """The weight format that was asked for, or settled on; None leaves it to measurement."""
         return told_format(self.weights, self.dtype)
 
     @property
-    def told_by(self) -> str:
-        return f"set by {'--dtype' if self.weights == 'auto' else '--weights'}"
+    def format_and_reason(self) -> tuple[WeightFormat, str]:
+        """What a runner takes; bf16 where nothing was said."""
+        if self.told_format is None:
+            return "bf16", "the default of this device"
+        return self.told_format, "set by --dtype" if self.weights == "auto" else self.weights_reason
 
 
 class Pool(Protocol):
@@ -64,11 +65,12 @@ class Pool(Protocol):
 class ModelRunner:
     """One model on one device. Not thread-safe: one engine thread owns it."""
 
-    def __init__(self, model: HostModel, settings: RunnerSettings, choice: FormatChoice, progress: Progress) -> None:
+    def __init__(self, model: HostModel, settings: RunnerSettings, progress: Progress) -> None:
         self.config: ModelConfig = model.config
-        self.weight_format: str = choice.format
-        self.weight_format_reason: str = choice.reason
+        self.weight_format: str
+        self.weight_format_reason: str
         """Why this format, for people."""
+        self.weight_format, self.weight_format_reason = settings.format_and_reason
         self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
         """Follows the settings, not the measured choice: workers of one suite must agree on it."""
         self._model, self._settings, self._progress = model, settings, progress
@@ -84,13 +86,11 @@ class ModelRunner:
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
         torch.set_num_threads(num_threads(settings.threads))
-        choice = _choose_format(files, config, settings, report)
-        if choice.format not in DTYPES:
-            raise UnsupportedModelError(
-                f"--weights {choice.format}: there are no kernels for it here; served are {', '.join(DTYPES)}"
-            )
-        request = WeightRequest(files, config, choice.format, settings.device, settings.cache_directory)
-        return cls(_make_model(config, load_tensors(request, report), settings, report), settings, choice, report)
+        format, _ = settings.format_and_reason
+        if format not in DTYPES:
+            raise UnsupportedModelError(f"--weights {format}: there are no kernels for it here; served are {', '.join(DTYPES)}")
+        request = WeightRequest(files, config, format, settings.device, settings.cache_directory)
+        return cls(_make_model(config, load_tensors(request, report), settings, report), settings, report)
 
     def adopt_thread(self) -> None:
         """Called first on a thread that is to call `forward`, in place of the thread that did so before."""
@@ -147,22 +147,6 @@ def _make_model(
     with _compiling(settings, progress):
         progress(0.0, "preparing kernels")
         return make_host_model(config, tensors, num_threads(settings.threads), settings.cache_directory)
-
-
-def _choose_format(files: ModelFiles, config: ModelConfig, settings: RunnerSettings, progress: Progress) -> FormatChoice:
-    if settings.told_format is not None:
-        return FormatChoice(settings.told_format, settings.told_by)
-    if settings.device != "cpu":
-        return FormatChoice("bf16", "the default of this device")
-    progress(0.0, "choosing the weight format")
-    name = f"{settings.role}-{machine_name(torch.get_num_threads())}-{files.digest.replace(':', '-')[:40]}.json"
-    with _compiling(settings, progress):
-        path = settings.cache_directory / "formats" / name
-        choice = remembered_choice(
-            path, lambda: choose_format(config, settings.role, choose_operations(num_threads(settings.threads)))
-        )
-    logger.info("%s weights: %s", choice.format, choice.reason)
-    return choice
 
 
 def _compiling(settings: RunnerSettings, progress: Progress) -> AbstractContextManager[None]:

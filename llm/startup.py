@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import psutil
 
 from llm.device import is_gpu
+from llm.format_choice import settle_format
 from llm.kv.allocator import BlockAllocator
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
@@ -34,6 +35,7 @@ class LoadedModel:
 
 def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSettings, progress: Progress | None = None) -> LoadedModel:
     """Loads weights, makes the pool and warms the kernels up; takes seconds to minutes, so call it off the event loop."""
+    runner_settings = settle_format(files, runner_settings, progress or (lambda fraction, text: None))
     runner = ModelRunner.load(files, runner_settings, progress)
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, kv.block_tokens, runner.kv_dtype)

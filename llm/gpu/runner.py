@@ -33,8 +33,7 @@ class GpuModelRunner(ModelRunner):
         assert gpu is not None, "the service gives its attention kernel"
         operations = GpuOperations(gpu.attention)
         self.config = config
-        self.weight_format = settings.told_format or "bf16"
-        self.weight_format_reason = settings.told_by if settings.told_format else "the default of this device"
+        self.weight_format, self.weight_format_reason = settings.format_and_reason
         self.kv_dtype = "float32" if settings.dtype == "float32" else "bfloat16"
         self.device = torch.device(settings.device)
         self._stream = _make_stream(self.device)
@@ -56,7 +55,7 @@ class GpuModelRunner(ModelRunner):
             torch.cuda.set_device(settings.device)
         report = progress or (lambda fraction, text: None)
         config = load_model_config(files.format, files.path, files.random_config)
-        format = settings.told_format or "bf16"
+        format, _ = settings.format_and_reason
         if format not in DTYPES:
             raise UnsupportedModelError(f"--weights {format}: a GPU computes with {' and '.join(DTYPES)}")
         tensors = load_tensors(WeightRequest(files, config, format, settings.device, settings.cache_directory), report)

@@ -155,11 +155,11 @@ def test_bfloat16_stays_near(random_files: Any, chunk: int) -> None:
     close(torch.cat(parts), expected, tolerance=0.03)
 
 
-def test_auto_measures_and_says_so(random_files: Any, tmp_path: Path) -> None:
+def test_a_runner_that_is_told_nothing_takes_bf16(random_files: Any, tmp_path: Path) -> None:
     runner = ModelRunner.load(random_files(), RunnerSettings("decode", threads=2, cache_directory=tmp_path))
-    assert runner.weight_format in ("fp32", "bf16")
-    assert runner.kv_dtype == "bfloat16"
-    assert "at 1 and 16 rows: fp32" in runner.weight_format_reason
+    assert (runner.weight_format, runner.kv_dtype) == ("bf16", "bfloat16")
+    told = ModelRunner.load(random_files(), RunnerSettings("decode", weights="fp32", threads=2, cache_directory=tmp_path))
+    assert (told.weight_format, told.weight_format_reason, told.kv_dtype) == ("fp32", "set by --weights", "bfloat16")
 
 
 def test_warm_up_reports_its_way(random_files: Any, tmp_path: Path) -> None:

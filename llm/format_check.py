@@ -1,0 +1,114 @@
+"""Whether a weight format predicts well enough to be chosen without being asked for.
+
+Checked on texts that the model itself writes, with float32 weights and KV: a worker has no tokenizer, and no text. There the
+expected change of the perplexity is what the divergence of the two predictions says, without the chance of single tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from llm.batch import SequenceSlice
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from llm.quality import TOGETHER, Pair, blocks_needed, compare
+from llm.runner import ModelRunner, RunnerSettings
+from llm.weight_format import WeightFormat
+from llm.weights import ModelFiles, Progress
+
+ALLOWED_CHANGE = 0.01
+"""Of the perplexity, within prompts and behind them."""
+_WINDOW_TOKENS = 96
+_BLOCK_TOKENS = 16
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """By how much the perplexity is expected to grow: 0.01 is one per cent."""
+
+    prefill_change: float
+    decode_change: float
+
+    @property
+    def passed(self) -> bool:
+        return max(self.prefill_change, self.decode_change) <= ALLOWED_CHANGE
+
+    @property
+    def percent(self) -> str:
+        return f"{100 * self.prefill_change:.2f} % in prompts and {100 * self.decode_change:.2f} % behind them"
+
+
+class Checker:
+    """Compares formats of one model with the exact one. The caller closes it; what it learns is remembered on disk."""
+
+    def __init__(self, files: ModelFiles, settings: RunnerSettings, progress: Progress, kernels: str) -> None:
+        self._files, self._settings, self._progress, self._kernels = files, settings, progress, kernels
+        self._reference: Pair | None = None
+        self._windows: list[list[int]] = []
+        self._pools: list[KvPool] = []
+
+    def verdict(self, format: WeightFormat) -> Verdict:
+        """Takes some ten seconds for a small model that is not known."""
+        name = f"quality-{self._files.digest.replace(':', '-')[:40]}-{format}-{self._kernels}.json"
+        path = self._settings.cache_directory / "formats" / name
+        try:
+            return Verdict(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            verdict = self._check(format)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(asdict(verdict)))
+        written.replace(path)
+        return verdict
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
+        self._reference = None
+
+    def _check(self, format: WeightFormat) -> Verdict:
+        stage = f"choosing the weight format: comparing {format} with fp32"
+        self._progress(0.0, stage)
+        if self._reference is None:
+            self._reference = self._pair(replace(self._settings, dtype="float32", weights="auto"))
+            self._windows = draw_windows(self._reference, self._window_tokens)
+        pair = self._pair(replace(self._settings, weights=format))
+        (quality,) = compare(self._reference, [pair], self._windows, lambda done: self._progress(done, stage))
+        return Verdict(math.expm1(quality.prefill.mean_divergence), math.expm1(quality.decode.mean_divergence))
+
+    @property
+    def _window_tokens(self) -> int:
+        assert self._reference is not None, "loaded first"
+        return min(_WINDOW_TOKENS, self._reference.decode.config.context_tokens)
+
+    def _pair(self, settings: RunnerSettings) -> Pair:
+        """The same format in both roles: which one the other role takes is not known."""
+        prefill, decode = (
+            ModelRunner.load(self._files, replace(settings, role=role), self._progress) for role in ("prefill", "decode")
+        )
+        config = prefill.config
+        layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _BLOCK_TOKENS, prefill.kv_dtype)
+        self._pools.append(KvPool.create(layout, blocks_needed(min(_WINDOW_TOKENS, config.context_tokens), _BLOCK_TOKENS)))
+        return Pair(prefill, decode, self._pools[-1])
+
+
+def draw_windows(pair: Pair, window_tokens: int) -> list[list[int]]:
+    """Texts as the model writes them when nothing but chance directs it, each from another first token; the same at every call."""
+    generator = torch.Generator().manual_seed(_SEED)
+    vocabulary = pair.decode.config.vocab_size
+    windows: list[list[int]] = torch.randint(vocabulary, (TOGETHER, 1), generator=generator).tolist()
+    blocks = -(-window_tokens // pair.pool.tensor.shape[4])
+    pair.decode.attach(pair.pool)
+    for at in range(window_tokens - 1):
+        slices = [
+            SequenceSlice(window[-1:], at, range(index * blocks, (index + 1) * blocks)) for index, window in enumerate(windows)
+        ]
+        drawn = torch.multinomial(torch.softmax(pair.decode.forward(slices), -1), 1, generator=generator)
+        for window, token in zip(windows, drawn[:, 0].tolist(), strict=True):
+            window.append(token)
+    return windows
