@@ -5,6 +5,7 @@
 #include "step.h"
 
 using tandem::Batch;
+using tandem::Matrix;
 using tandem::Model;
 using tandem::Pool;
 using tandem::Step;
@@ -45,4 +46,18 @@ void tandem_finish(Step* step, float* logits) { step->finish(logits); }
 
 // Since the last call; see Team.
 int64_t tandem_take_yields(Step* step) { return step->team().take_yields(); }
+
+// One matrix alone, on the calling thread.
+int64_t tandem_row_bytes(const Matrix* matrix) { return int64_t(tandem::input_row_bytes(*matrix)); }
+
+// x [num_rows, depth], rows [num_rows, tandem_row_bytes]
+void tandem_prepare(const Matrix* matrix, const float* x, int num_rows, char* rows) {
+    for (int row = 0; row < num_rows; row++)
+        tandem::prepare_row(*matrix, x + size_t(row) * matrix->depth, rows + row * tandem::input_row_bytes(*matrix));
+}
+
+// out [num_rows, outputs], of which the outputs first <= o < last are written.
+int tandem_multiply(const Matrix* matrix, const char* rows, int num_rows, float* out, int first, int last) {
+    return guarded([&] { tandem::multiply(*matrix, rows, num_rows, out, size_t(matrix->outputs), first, last); });
+}
 }

@@ -114,6 +114,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tandem_run_layers": (None, [pointer, number, number]),
         "tandem_finish": (None, [pointer, pointer]),
         "tandem_take_yields": (ctypes.c_int64, [pointer]),
+        "tandem_row_bytes": (ctypes.c_int64, [pointer]),
+        "tandem_prepare": (None, [pointer, pointer, number, pointer]),
+        "tandem_multiply": (number, [pointer, pointer, number, pointer, number, number]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

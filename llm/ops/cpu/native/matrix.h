@@ -6,10 +6,11 @@
 #include <cstring>
 
 #include "product_float.h"
+#include "product_int4.h"
 
 namespace tandem {
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 // y = x W^T with W [outputs, depth]. What the pointers mean is the format's affair.
 struct Matrix {
@@ -23,21 +24,39 @@ struct Matrix {
 };
 
 // Bytes of one row made ready, a multiple of 64.
-inline size_t input_row_bytes(const Matrix& matrix) { return (size_t(matrix.depth) * sizeof(float) + 63) / 64 * 64; }
+inline size_t input_row_bytes(const Matrix& matrix) {
+    if (matrix.format == INT8) return int8_row(matrix.depth).bytes();
+    if (matrix.format == INT4) return int4_row(matrix.depth).bytes();
+    return (size_t(matrix.depth) * sizeof(float) + 63) / 64 * 64;
+}
 
 // Makes a row of floats ready to be multiplied.
-inline void prepare_row(const Matrix& matrix, const float* x, void* row) { std::memcpy(row, x, size_t(matrix.depth) * sizeof(float)); }
+inline void prepare_row(const Matrix& matrix, const float* x, void* row) {
+    if (matrix.format == INT8) return quantise_int8(x, matrix.depth, row);
+    if (matrix.format == INT4) return quantise_int4(x, matrix.depth, row);
+    std::memcpy(row, x, size_t(matrix.depth) * sizeof(float));
+}
 
-// out[row * out_stride + o] for outputs first <= o < last, on the calling thread. `first` is a multiple of 32, `last` too or the end.
+// out[row * out_stride + o] for outputs first <= o < last, on the calling thread. `first` is a multiple of 16, `last` too or the end.
 // A row's sums depend on nothing but the row, whatever the number of rows.
 inline void multiply(const Matrix& matrix, const void* input, int num_rows, float* out, size_t out_stride, int first, int last) {
-    const float* rows = static_cast<const float*>(input);
-    size_t stride = input_row_bytes(matrix) / sizeof(float);
-    if (matrix.format == FLOAT32) {
-        multiply_float(static_cast<const float*>(matrix.values), matrix.depth, rows, stride, num_rows, out, out_stride, first, last);
-    } else {
-        multiply_float(static_cast<const uint16_t*>(matrix.values), matrix.depth, rows, stride, num_rows, out, out_stride, first, last);
+    const size_t stride = input_row_bytes(matrix);
+    const auto multiply_floats = [&]<class Weight>(const Weight* weights) {
+        multiply_float(weights, matrix.depth, static_cast<const float*>(input), stride / sizeof(float), num_rows, out, out_stride, first,
+                       last);
+    };
+    if (matrix.format == FLOAT32) return multiply_floats(static_cast<const float*>(matrix.values));
+    if (matrix.format == BFLOAT16) return multiply_floats(static_cast<const uint16_t*>(matrix.values));
+    const auto* values = static_cast<const uint8_t*>(matrix.values);
+    const auto* scales = static_cast<const uint16_t*>(matrix.scales);
+    const auto* rows = static_cast<const char*>(input);
+    const Target target{out, out_stride, first, last};
+    if (matrix.format == INT8) {
+        const RowLayout layout = int8_row(matrix.depth);
+        return multiply_int8({values, scales, layout.groups}, {rows, stride, layout}, num_rows, target);
     }
+    const RowLayout layout = int4_row(matrix.depth);
+    multiply_int4({values, scales, layout.groups}, {rows, stride, layout}, num_rows, target);
 }
 
 }  // namespace tandem

@@ -1,0 +1,38 @@
+// What the integer products need of an instruction set: AVX-512 VNNI, AVX2, or plain C++ with VNNI's arithmetic. The last runs anywhere,
+// and tests the index arithmetic of the first where there is no such processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace tandem {
+
+constexpr int BLOCK_OUTPUTS = 16;  // outputs whose weights lie together: four bytes of each are a cache line
+constexpr int QUAD = 4;            // inputs whose products an instruction adds up
+constexpr int LINE_BYTES = BLOCK_OUTPUTS * QUAD;
+constexpr int GROUP = 32;  // inputs that share a scale
+
+inline int32_t load_word(const void* source) {
+    int32_t word;
+    std::memcpy(&word, source, sizeof word);
+    return word;
+}
+
+// A thread's memory for weights made ready, 64-byte aligned, kept until the thread ends.
+inline char* panel_memory(size_t bytes) {
+    static thread_local std::vector<char> memory;
+    if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+}  // namespace tandem
+
+// Each defines Line (64 bytes: four of each output), Sums and Reals (one for each output), WideSums for INT8, and what is done with them.
+#if defined(TANDEM_PLAIN) || !defined(__AVX2__)
+#include "integers_plain.h"
+#elif defined(__AVX512VNNI__)
+#include "integers_avx512.h"
+#else
+#include "integers_avx2.h"
+#endif
