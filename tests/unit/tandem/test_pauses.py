@@ -9,10 +9,18 @@ from tandem.pauses import avoid_pauses
 
 @pytest.fixture(autouse=True)
 def thawed_again():
+    thresholds = gc.get_threshold()
     yield
+    gc.set_threshold(*thresholds)
     gc.unfreeze()
 
 
 def test_what_is_loaded_is_not_looked_through_again():
     avoid_pauses()
     assert gc.get_freeze_count() > 0
+
+
+def test_the_collector_looks_seldom():
+    before = gc.get_threshold()
+    avoid_pauses()
+    assert gc.get_threshold()[0] >= 10 * before[0]
