@@ -10,6 +10,7 @@ from gateway.admission import Admission
 from gateway.capacity import Capacity, capacity_of
 from gateway.ejection import Ejector
 from gateway.fleet import Fleet
+from gateway.links import Links
 from gateway.model_service import ModelServicer, TokenizerServicer
 from gateway.operations_service import GatewayCounts, OperationsServicer
 from gateway.quarantine import Quarantine
@@ -44,7 +45,7 @@ class Gateway:
         self._ejector = Ejector(clock)
         self._quarantine = Quarantine(clock)
         self.directory = WorkerDirectory(settings.targets, self._on_worker, lost=self._ejector.lost)
-        self._fleet = Fleet(self.directory, self._ledger, self._ejector)
+        self._fleet = Fleet(self.directory, self._ledger, self._ejector, Links(clock))
         self._relay = Relay(self._fleet, self._quarantine, settings.patience, clock)
         self._generation = GenerationServicer(model, self._admission, self._relay, settings.requests, clock)
         self.server = Server("gateway", settings.server)

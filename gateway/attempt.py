@@ -71,6 +71,7 @@ class Attempt:
         self._first_token_only = job.stopping.max_tokens - completion.num_tokens == 1
         self._ticket: asyncio.Future[kv_pb2.KvTicket] = asyncio.get_running_loop().create_future()
         self._first_token = asyncio.Event()
+        self._decode_worker = placed.placement.decode
         self._inflow: Inflow | None = None
         self._held: set[Hop] = set()
         self._handoff = Handoff()
@@ -199,6 +200,7 @@ class Attempt:
         return HopFailed(Hop.DECODE, tuple(workers), error, held=Hop.DECODE in self._held)
 
     async def _decode_on(self, worker: Worker, ticket: kv_pb2.KvTicket, arrived: Callable[[], None]) -> None:
+        self._decode_worker = worker
         self._held.discard(Hop.DECODE)
         turn = await self._take_turn(Hop.DECODE, worker)
         stub = decode_pb2_grpc.DecodeServiceStub(self._fleet.channel(worker))  # type: ignore[no-untyped-call]
@@ -233,6 +235,7 @@ class Attempt:
             case "kv_ready":
                 self._timeline.kv_ready()
                 self.passed.add(Hop.HANDOFF)
+                self._fleet.handed_over(self._placed.placement.prefill, self._decode_worker)
                 self._handoff = Handoff(event.kv_ready.transport, event.kv_ready.pulled_bytes)
             case "delta":
                 await self._first_token.wait()

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gateway.routing import Role, Worker, usable
+from gateway.routing import PlacementLedger, Role, Worker, usable
 
 # Stands for a bound that a worker does not state.
 UNBOUNDED = 1 << 30
@@ -32,3 +32,27 @@ def _prefill_speed(workers: Collection[Worker], model_digest: str) -> float:
     """A worker without a measured speed counts as the fastest."""
     speeds = [worker.tokens_per_second for worker in usable(workers, Role.PREFILL, model_digest)]
     return sum(speed or max(speeds) for speed in speeds)
+
+
+def largest_decode_pool(workers: Collection[Worker], model_digest: str) -> int | None:
+    """Most tokens of prompt and completion together that a usable decode worker can hold; None while there is none."""
+    return max((worker.pool_tokens for worker in usable(workers, Role.DECODE, model_digest)), default=None)
+
+
+# Prompts of a size share a worker with others, and wait for no more than so many times their own tokens of those.
+_TOKENS_AHEAD = 4
+
+
+def seconds_ahead(workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger) -> float:
+    """Until the least busy prefill worker comes to a prompt, its own work not included, much of which may be in the prefix cache.
+
+    0 while a worker has no measured speed.
+    """
+    found = usable(workers, Role.PREFILL, model_digest)
+    if any(worker.tokens_per_second <= 0 for worker in found):
+        return 0.0
+    return min((_waiting_tokens(worker, num_tokens, ledger) / worker.tokens_per_second for worker in found), default=0.0)
+
+
+def _waiting_tokens(worker: Worker, num_tokens: int, ledger: PlacementLedger) -> int:
+    return min(worker.queued_tokens + ledger.num_tokens(worker.address), _TOKENS_AHEAD * num_tokens)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from gateway.routing import Worker
+from gateway.routing import Pair, Worker
 from tandem.errors import Reason, TandemError
 
 # Workers that may die or fail in a row at one hop before it is taken to be the request's own fault, and so often may the hand-off
@@ -62,6 +62,11 @@ class HopFailed(Exception):
         return self.error.reason in REFUSALS
 
     @property
+    def pair(self) -> Pair | None:
+        """Between which the hand-off broke."""
+        return (self.workers[1].worker_id, self.workers[0].worker_id) if self.hop is Hop.HANDOFF else None
+
+    @property
     def disappeared(self) -> bool:
         return self.error.reason in DISAPPEARANCES
 
@@ -81,7 +86,7 @@ class Loss:
 class _Break:
     """Of a hop that held the request. `failed`: the worker told so itself; otherwise `loss` tells what became of it."""
 
-    worker_ids: tuple[str, ...]
+    worker_id: str
     failed: bool
     loss: Loss
 
@@ -96,6 +101,8 @@ class Recovery:
 
     tried: set[str] = field(default_factory=set)
     """Not to be asked again before the others have been, and some time has passed."""
+    tried_pairs: set[Pair] = field(default_factory=set)
+    """The same, of pairs whose hand-off broke twice in a row."""
     avoided: set[str] = field(default_factory=set)
     """To be asked only if there is no other."""
     prefill_address: str = ""
@@ -104,6 +111,8 @@ class Recovery:
     """For a worker, since the last token of a decode worker."""
     last: HopFailed | None = None
     _num_moves: int = 0
+    _broken_pairs: Counter[Pair] = field(default_factory=Counter)
+    """In a row."""
     _breaks: list[_Break] = field(default_factory=list)
     """While the request was held, over all of its life."""
     _in_a_row: dict[Hop, list[_Break]] = field(default_factory=lambda: defaultdict(list))
@@ -112,6 +121,8 @@ class Recovery:
         """An attempt has got past these hops, whatever became of it then."""
         for hop in hops:
             self._in_a_row[hop].clear()
+        if Hop.HANDOFF in hops:
+            self._broken_pairs.clear()
         if Hop.DECODE in hops:
             self.waited_s, self._num_moves = 0.0, 0
 
@@ -134,34 +145,34 @@ class Recovery:
     def new_round(self) -> None:
         """Some time has passed: those that could not take the request may be asked again."""
         self.tried.clear()
+        self.tried_pairs.clear()
 
     def _broke(self, failure: HopFailed, loss: Loss) -> None:
         self._num_moves += 1
-        if failure.hop is not Hop.HANDOFF:
+        if failure.pair is not None:
+            self._broken_pairs[failure.pair] += 1
+            if self._broken_pairs[failure.pair] >= MAX_FAILURES_IN_A_ROW:
+                self.tried_pairs.add(failure.pair)
+        else:
             self.tried.add(failure.workers[0].worker_id)
-        if failure.held:
-            self._note(failure, loss)
+            if failure.held:
+                self._note(failure, loss)
         in_a_row = self._in_a_row[failure.hop]
         if len(dead := _dead(in_a_row)) >= MAX_FAILURES_IN_A_ROW or len(dead := _dead(self._breaks)) >= MAX_FAILURES:
             raise _blame(dead, failure)
-        if self._used_up(failure.hop):
+        if self._used_up(in_a_row):
             raise failure.error
 
     def _note(self, failure: HopFailed, loss: Loss) -> None:
-        handoff = failure.hop is Hop.HANDOFF
-        involved = failure.workers if handoff else failure.workers[:1]
         if not failure.disappeared:
             loss = Loss(ended=failure.error.reason is Reason.ENGINE_FAILED)
-        broken = _Break(tuple(worker.worker_id for worker in involved), not (handoff or failure.disappeared), loss)
+        broken = _Break(failure.workers[0].worker_id, not failure.disappeared, loss)
         self._breaks.append(broken)
         self._in_a_row[failure.hop].append(broken)
 
-    def _used_up(self, hop: Hop) -> bool:
-        in_a_row = self._in_a_row[hop]
-        failures = sum(each.counts for each in in_a_row)
-        most_of_a_pair = max(Counter(each.worker_ids for each in self._in_a_row[Hop.HANDOFF]).values(), default=0)
+    def _used_up(self, in_a_row: Iterable[_Break]) -> bool:
         return (
-            max(failures, most_of_a_pair) >= MAX_FAILURES_IN_A_ROW
+            sum(each.counts for each in in_a_row) >= MAX_FAILURES_IN_A_ROW
             or sum(each.counts for each in self._breaks) >= MAX_FAILURES
             or self._num_moves >= MAX_MOVES
         )
@@ -169,7 +180,7 @@ class Recovery:
 
 def _dead(breaks: Iterable[_Break]) -> set[str]:
     """Workers whose process or engine has ended. A worker that is cut off twice has not died twice."""
-    return {each.worker_ids[0] for each in breaks if each.loss.ended}
+    return {each.worker_id for each in breaks if each.loss.ended}
 
 
 def _blame(dead: Collection[str], failure: HopFailed) -> TandemError:

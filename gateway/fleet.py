@@ -12,7 +12,8 @@ from gateway.ejection import Ejector
 from gateway.failover import HopFailed, Loss, Recovery
 from gateway.followers import Followers, Inflow, Route
 from gateway.job import GenerationJob
-from gateway.routing import Placement, PlacementLedger, Role, Wishes, Worker, choose, choose_decode, usable
+from gateway.links import Links
+from gateway.routing import Placement, PlacementLedger, Role, Wishes, Worker, choose, choose_decode, partners_of, usable
 from gateway.workers import WorkerDirectory
 from tandem.errors import Reason, TandemError
 from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
@@ -25,9 +26,10 @@ RELEASE_TIMEOUT_S = 1.0
 class Fleet:
     """Joins the live view, what was sent since, and who has failed lately. Used on the event loop; `close` once."""
 
-    def __init__(self, directory: WorkerDirectory, ledger: PlacementLedger, ejector: Ejector) -> None:
+    def __init__(self, directory: WorkerDirectory, ledger: PlacementLedger, ejector: Ejector, links: Links) -> None:
         self._directory = directory
         self._ejector = ejector
+        self._links = links
         self._followers = Followers()
         self._releases: set[asyncio.Task[None]] = set()
         self.ledger = ledger
@@ -38,15 +40,24 @@ class Fleet:
 
     def place(self, job: GenerationJob, num_tokens: int, recovery: Recovery) -> Placement:
         """The best pair for what is left of a request. Raises NO_WORKER."""
-        return choose(self.workers, job.model_digest, num_tokens, self.ledger, self._wishes(recovery))
+        placement = choose(self.workers, job.model_digest, num_tokens, self.ledger, self._wishes(recovery))
+        self._links.chosen(placement.pair)
+        return placement
 
     def another_decode(self, job: GenerationJob, num_tokens: int, prefill: Worker, refused: Collection[Worker]) -> Worker | None:
         """The best decode worker for a ticket that others have refused."""
-        layout, without = prefill.layout, {worker.address for worker in refused}
-        workers = usable(self.workers, Role.DECODE, job.model_digest, without)
-        fitting = [worker for worker in workers if worker.layout == layout]
-        wishes = Wishes(avoided=self._ejected())
-        return choose_decode(fitting, layout, num_tokens, self.ledger, wishes) if fitting else None
+        without = {worker.address for worker in refused}
+        partners = partners_of(prefill, usable(self.workers, Role.DECODE, job.model_digest, without))
+        if not partners:
+            return None
+        wishes = Wishes(avoided=self._ejected(), avoided_pairs=self._links.avoided)
+        decode = choose_decode(prefill, partners, num_tokens, self.ledger, wishes)
+        self._links.chosen((prefill.worker_id, decode.worker_id))
+        return decode
+
+    def handed_over(self, prefill: Worker, decode: Worker) -> None:
+        """Blocks have come across."""
+        self._links.passed((prefill.worker_id, decode.worker_id))
 
     def channel(self, worker: Worker) -> grpc.aio.Channel:
         """Raises WORKER_LOST if the worker is not known any more."""
@@ -77,9 +88,12 @@ class Fleet:
         return self._followers.live(worker)
 
     def failed(self, failure: HopFailed) -> Loss:
-        """A worker that broke a request is not used before it has spoken again. Returns what is known of its end."""
+        """A worker that broke a request is not used before it has spoken again, and no pair before a while has passed. Returns what
+        is known of the worker's end."""
         culprit = failure.workers[0]
-        if failure.broken:
+        if failure.pair is not None:
+            self._links.broke(failure.pair)
+        elif failure.broken:
             self._directory.doubt(culprit)
             self._ejector.failed(culprit.address)
         return self._directory.losses.of(culprit.worker_id) if failure.disappeared else Loss(ended=False)
@@ -110,7 +124,9 @@ class Fleet:
     def _wishes(self, recovery: Recovery) -> Wishes:
         tried = {worker.address for worker in self.workers if worker.worker_id in recovery.tried}
         avoided = {worker.address for worker in self.workers if worker.worker_id in recovery.avoided}
-        return Wishes(tried, avoided | self._ejected(), recovery.prefill_address)
+        return Wishes(
+            tried, avoided | self._ejected(), recovery.prefill_address, frozenset(recovery.tried_pairs), self._links.avoided
+        )
 
     def _ejected(self) -> set[str]:
         return {worker.address for worker in self.workers if self._ejector.ejected(worker.address)}

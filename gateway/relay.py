@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.attempt import Attempt, Underway
+from gateway.capacity import largest_decode_pool, seconds_ahead
 from gateway.completion import Completion
 from gateway.failover import LOSSES, Hop, HopFailed, Loss, Recovery
 from gateway.fleet import Fleet
 from gateway.isolation import Isolation, Turn
 from gateway.job import Ending, GenerationJob
 from gateway.quarantine import Quarantine
-from gateway.routing import Placement, Worker, largest_decode_pool, seconds_ahead
+from gateway.routing import Placement, Worker
 from gateway.spans import record_route
 from gateway.timeline import Timeline
 from tandem.errors import Reason, TandemError
@@ -113,11 +114,13 @@ class Relay:
             return placement
 
     async def _wait(self, underway: Underway, recovery: Recovery, nobody: TandemError) -> None:
-        """One pause, or the error that ends the request: with nothing delivered, a refusal is better told at once."""
+        """One pause, or the error that ends the request: with nothing delivered, a refusal is better told at once, and so is that
+        hand-offs break everywhere."""
         delivered, last, patience = underway.completion.num_tokens > 0, recovery.last, self._patience
         pause_s = min(max(recovery.waited_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
         most_s = patience.after_first_token_s if delivered else patience.before_first_token_s
-        if recovery.waited_s + pause_s > most_s or (last is not None and last.refused and not delivered):
+        told = last is not None and (last.refused or bool(recovery.tried_pairs))
+        if recovery.waited_s + pause_s > most_s or (told and not delivered):
             raise nobody if last is None else last.error
         await asyncio.sleep(pause_s)
         recovery.waited_s += pause_s

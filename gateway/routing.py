@@ -84,14 +84,20 @@ class Worker:
         return 0 if self.layout is None else self.total_blocks * self.layout.block_tokens
 
 
+Pair = tuple[str, str]
+"""The ids of a prefill and a decode worker."""
+
+
 @dataclass(frozen=True)
 class Wishes:
     """Addresses to leave out, addresses to use only if there is no other, and the prefill worker to take if it is as good as any,
-    because it has the request's prefix in its cache."""
+    because it has the request's prefix in its cache. The same for pairs."""
 
     without: Collection[str] = frozenset()
     avoided: Collection[str] = frozenset()
     preferred: str = ""
+    without_pairs: Collection[Pair] = frozenset()
+    avoided_pairs: Collection[Pair] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ class Placement:
 
     prefill: Worker
     decode: Worker
+
+    @property
+    def pair(self) -> Pair:
+        return self.prefill.worker_id, self.decode.worker_id
 
 
 @dataclass(frozen=True)
@@ -178,14 +188,15 @@ def choose(
     decodes = usable(workers, Role.DECODE, model_digest, wishes.without)
     if not prefills or not decodes:
         raise _no_worker(workers, Role.DECODE if prefills else Role.PREFILL, model_digest, wishes)
-    layouts = {worker.layout for worker in decodes}
-    fitting = [worker for worker in prefills if worker.layout in layouts]
+    partners = {worker.address: partners_of(worker, decodes, wishes) for worker in prefills}
+    fitting = [worker for worker in prefills if partners[worker.address]]
     if not fitting:
-        raise TandemError(Reason.NO_WORKER, "no prefill worker's KV layout is the same as a decode worker's")
+        raise TandemError(Reason.NO_WORKER, _no_pair(prefills, decodes))
     speeds = [worker.tokens_per_second for worker in fitting]
     prefill = min(
         fitting,
         key=lambda worker: (
+            all((worker.worker_id, partner.worker_id) in wishes.avoided_pairs for partner in partners[worker.address]),
             worker.address in wishes.avoided,
             _is_full(worker, ledger),
             worker.address != wishes.preferred,
@@ -193,15 +204,30 @@ def choose(
             worker.address,
         ),
     )
-    return Placement(prefill, choose_decode(decodes, prefill.layout, num_tokens, ledger, wishes))
+    return Placement(prefill, choose_decode(prefill, partners[prefill.address], num_tokens, ledger, wishes))
+
+
+def partners_of(prefill: Worker, decodes: Collection[Worker], wishes: Wishes = Wishes()) -> list[Worker]:
+    """Decode workers that may take over from a prefill worker: blocks only travel between equal layouts."""
+    return [
+        worker
+        for worker in decodes
+        if worker.layout == prefill.layout and (prefill.worker_id, worker.worker_id) not in wishes.without_pairs
+    ]
 
 
 def choose_decode(
-    workers: Sequence[Worker], layout: Layout | None, num_tokens: int, ledger: PlacementLedger, wishes: Wishes = Wishes()
+    prefill: Worker, partners: Sequence[Worker], num_tokens: int, ledger: PlacementLedger, wishes: Wishes = Wishes()
 ) -> Worker:
-    """The least loaded of usable decode workers, at least one of which has this layout."""
-    fitting = [worker for worker in workers if worker.layout == layout]
-    return min(fitting, key=lambda worker: (worker.address in wishes.avoided, *_decode_load(worker, num_tokens, ledger)))
+    """The least loaded of the decode workers, at least one, that may take over from a prefill worker."""
+    return min(
+        partners,
+        key=lambda worker: (
+            (prefill.worker_id, worker.worker_id) in wishes.avoided_pairs,
+            worker.address in wishes.avoided,
+            *_decode_load(worker, num_tokens, ledger),
+        ),
+    )
 
 
 def usable(workers: Collection[Worker], role: Role, model_digest: str, without: Collection[str] = ()) -> list[Worker]:
@@ -211,30 +237,6 @@ def usable(workers: Collection[Worker], role: Role, model_digest: str, without: 
         for worker in workers
         if worker.role is role and worker.ready and worker.model_digest == model_digest and worker.address not in without
     ]
-
-
-def largest_decode_pool(workers: Collection[Worker], model_digest: str) -> int | None:
-    """Most tokens of prompt and completion together that a usable decode worker can hold; None while there is none."""
-    return max((worker.pool_tokens for worker in usable(workers, Role.DECODE, model_digest)), default=None)
-
-
-# Prompts of a size share a worker with others, and wait for no more than so many times their own tokens of those.
-_TOKENS_AHEAD = 4
-
-
-def seconds_ahead(workers: Collection[Worker], model_digest: str, num_tokens: int, ledger: PlacementLedger) -> float:
-    """Until the least busy prefill worker comes to a prompt, its own work not included, much of which may be in the prefix cache.
-
-    0 while a worker has no measured speed.
-    """
-    found = usable(workers, Role.PREFILL, model_digest)
-    if any(worker.tokens_per_second <= 0 for worker in found):
-        return 0.0
-    return min((_waiting_tokens(worker, num_tokens, ledger) / worker.tokens_per_second for worker in found), default=0.0)
-
-
-def _waiting_tokens(worker: Worker, num_tokens: int, ledger: PlacementLedger) -> int:
-    return min(worker.queued_tokens + ledger.num_tokens(worker.address), _TOKENS_AHEAD * num_tokens)
 
 
 def _prefill_seconds(worker: Worker, num_tokens: int, fastest: float, ledger: PlacementLedger) -> float:
@@ -258,6 +260,12 @@ def _is_full(worker: Worker, ledger: PlacementLedger) -> bool:
 
 def _blocks(worker: Worker, num_tokens: int) -> int:
     return 0 if worker.layout is None else math.ceil(num_tokens / worker.layout.block_tokens)
+
+
+def _no_pair(prefills: Sequence[Worker], decodes: Sequence[Worker]) -> str:
+    if any(partners_of(worker, decodes) for worker in prefills):
+        return "the hand-off has just broken between all pairs of workers"
+    return "no prefill worker's KV layout is the same as a decode worker's"
 
 
 def _no_worker(workers: Collection[Worker], role: Role, model_digest: str, wishes: Wishes) -> TandemError:

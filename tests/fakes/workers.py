@@ -276,6 +276,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.tokens_per_delta = 1
         self.skipped_index: int | None = None
         self.skips = False
+        self.pull_fault: Callable[[kv_pb2.KvTicket], bool] = lambda ticket: False
         self.followers: dict[str, asyncio.Queue[decode_pb2.StreamDelta]] = {}
         self.sends_plain_tokens = True
 
@@ -320,6 +321,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
             del self.followers[request.follower_id]
 
     async def _pull(self, ticket: kv_pb2.KvTicket) -> int:
+        if self.pull_fault(ticket):
+            raise TandemError(Reason.TRANSFER_INTERRUPTED, "the link is cut")
         async with grpc.aio.insecure_channel(ticket.address) as channel:
             stub = kv_pb2_grpc.KvTransferServiceStub(channel)
             async for frame in stub.Pull(kv_pb2.PullRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)):

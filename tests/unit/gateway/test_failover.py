@@ -16,7 +16,8 @@ def worker(worker_id: str) -> Worker:
 
 
 def failure(reason: Reason, worker_id: str = "w", hop: Hop = Hop.DECODE, held: bool = True) -> HopFailed:
-    return HopFailed(hop, (worker(worker_id),), TandemError(reason, "no"), held)
+    workers = (worker(worker_id), worker("p")) if hop is Hop.HANDOFF else (worker(worker_id),)
+    return HopFailed(hop, workers, TandemError(reason, "no"), held)
 
 
 ALL_HOPS = (Hop.PREFILL, Hop.HANDOFF, Hop.DECODE)
@@ -139,16 +140,24 @@ def handoff(prefill: str, decode: str) -> HopFailed:
 def test_a_handoff_is_tried_once_more_even_between_the_same_two() -> None:
     recovery = Recovery()
     fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
-    assert not recovery.tried and recovery.avoided
-    with pytest.raises(TandemError) as raised:
-        fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
-    assert raised.value.reason is Reason.TRANSFER_INTERRUPTED
+    assert not recovery.tried_pairs and recovery.avoided == {"p", "d"}
+    fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
+    assert recovery.tried_pairs == {("p", "d")}
+    recovery.new_round()
+    assert not recovery.tried_pairs
+    fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
+    assert recovery.tried_pairs == {("p", "d")}, "it has not earned two tries again"
+    recovery.passed((Hop.PREFILL, Hop.HANDOFF))
+    recovery.new_round()
+    fail(recovery, handoff("p", "d"), (Hop.PREFILL,))
+    assert not recovery.tried_pairs
 
 
 def test_each_pair_is_a_handoff_of_its_own() -> None:
     recovery = Recovery()
     for number in range(MAX_MOVES - 1):
         fail(recovery, handoff("p", f"d{number}"), (Hop.PREFILL,))
+    assert not recovery.tried_pairs and not recovery.tried
     with pytest.raises(TandemError) as raised:
         fail(recovery, handoff("p", "last"), (Hop.PREFILL,))
     assert raised.value.reason is Reason.TRANSFER_INTERRUPTED
@@ -169,7 +178,7 @@ def test_no_request_costs_more_workers_than_it_may(steps: list[tuple[Reason, int
         failed = failure(reason, f"w{number}", hop, held)
         moves = 0 if Hop.DECODE in passed else moves
         moves += failed.broken
-        if held and (reason is Reason.ENGINE_FAILED or (reason is Reason.WORKER_LOST and ended)):
+        if held and hop is not Hop.HANDOFF and (reason is Reason.ENGINE_FAILED or (reason is Reason.WORKER_LOST and ended)):
             deaths += 1
             dead_in_a_row[hop].add(f"w{number}")
         try:

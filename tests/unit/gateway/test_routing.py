@@ -5,18 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.capacity import Capacity, capacity_of
-from gateway.routing import (
-    Layout,
-    PlacementLedger,
-    Role,
-    Wishes,
-    Worker,
-    choose,
-    largest_decode_pool,
-    seconds_ahead,
-    usable,
-)
+from gateway.capacity import Capacity, capacity_of, largest_decode_pool, seconds_ahead
+from gateway.routing import Layout, PlacementLedger, Role, Wishes, Worker, choose, usable
 from gateway.targets import Target, parse_target
 from tandem.errors import Reason, TandemError
 
@@ -69,6 +59,35 @@ def test_a_decode_worker_without_room_is_the_last_choice() -> None:
 def test_full_workers_are_the_last_choice() -> None:
     full = replace(PREFILL, running_requests=64)
     assert chosen(full, replace(PREFILL, address="p2:1", queued_tokens=10_000), DECODE)[0] == "p2:1"
+
+
+PAIRS = [
+    replace(PREFILL, worker_id="p1"),
+    replace(PREFILL, address="p2:1", worker_id="p2"),
+    replace(DECODE, worker_id="d1"),
+    replace(DECODE, address="d2:1", worker_id="d2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("avoided", "expected"),
+    [
+        ([("p1", "d1")], ("p1", "d2")),
+        ([("p1", "d1"), ("p1", "d2")], ("p2", "d1")),
+        ([("p1", "d1"), ("p1", "d2"), ("p2", "d1")], ("p2", "d2")),
+        ([("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")], ("p1", "d1")),
+    ],
+)
+def test_an_avoided_pair_is_the_last_choice(avoided: list[tuple[str, str]], expected: tuple[str, str]) -> None:
+    assert choose(PAIRS, "model", 100, PlacementLedger(), Wishes(avoided_pairs=avoided)).pair == expected
+
+
+def test_a_pair_to_leave_out_is_no_choice() -> None:
+    without = [("p1", "d1"), ("p1", "d2"), ("p2", "d1")]
+    assert choose(PAIRS, "model", 100, PlacementLedger(), Wishes(without_pairs=without)).pair == ("p2", "d2")
+    with pytest.raises(TandemError, match="all pairs") as raised:
+        choose(PAIRS, "model", 100, PlacementLedger(), Wishes(without_pairs=[*without, ("p2", "d2")]))
+    assert raised.value.reason is Reason.NO_WORKER
 
 
 def test_a_burst_spreads_before_the_workers_report_it() -> None:
