@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
 from kvtransfer.host_blocks import HostBlocks
+from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.pool import KvPool
 
 if TYPE_CHECKING:  # it needs what only machines with a GPU have
@@ -14,7 +15,11 @@ if TYPE_CHECKING:  # it needs what only machines with a GPU have
 
 
 class Blocks(Protocol):
-    """Used on threads. `num_per_job`: blocks of one job; `num_per_turn`: those between two looks at whether to go on."""
+    """Used on threads. `least_per_job`, `num_per_job`: least and most blocks of one job; `num_per_turn`: those between two looks at
+    whether to go on."""
+
+    @property
+    def least_per_job(self) -> int: ...
 
     @property
     def num_per_job(self) -> int: ...
@@ -22,7 +27,7 @@ class Blocks(Protocol):
     @property
     def num_per_turn(self) -> int: ...
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]: ...
+    def checksums(self, block_ids: BlockIds) -> Sums: ...
 
     def warm_up(self, threads: Executor, num_threads: int) -> None:
         """Has the threads that will use the blocks make ready; returns at once."""
@@ -35,3 +40,10 @@ def blocks_of(pool: KvPool) -> HostBlocks | DeviceBlocks:
     from kvtransfer.device_blocks import DeviceBlocks
 
     return DeviceBlocks(pool)
+
+
+def shares(first: int, last: int, num_threads: int, blocks: Blocks) -> Iterator[tuple[int, int]]:
+    """A run of blocks as jobs (first block, number of blocks), in equal parts for the threads as far as the limits allow."""
+    size = min(max(-(-(last - first) // num_threads), blocks.least_per_job), blocks.num_per_job)
+    for start in range(first, last, size):
+        yield start, min(size, last - start)

@@ -1,24 +1,20 @@
 """The consumer's client of KvTransferService."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
 
-from kvtransfer.frames import Frame
 from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import KvTicket
-from kvtransfer.wire import frame_from_proto
 from tandem.channels import call_metadata
 from tandem.errors import Reason, TandemError, from_rpc_error
 from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
 
 RELEASE_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 2.0
-RESUME_TIMEOUT_S = 0.5
-"""A producer whose connection was cut and that lives answers within so long; a frozen one would be waited for twice."""
 
 
 class ControlClient:
@@ -27,28 +23,6 @@ class ControlClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._stub = kv_pb2_grpc.KvTransferServiceStub(channel)  # type: ignore[no-untyped-call]
-
-    async def frames(self, ticket: KvTicket, first_block_index: int, answer_s: float | None) -> AsyncGenerator[Frame, None]:
-        """The producer's frames. The caller closes the generator, which ends the call.
-
-        Raises InterruptedPullError if the producer cannot be reached any more, or does not take the call within `answer_s`; else
-        the error that it sent.
-        """
-        request = kv_pb2.PullRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch, first_block_index=first_block_index)
-        call = self._stub.Pull(request, metadata=call_metadata())
-        try:
-            async with asyncio.timeout(answer_s):
-                await call.initial_metadata()
-            async for response in call:
-                frame = frame_from_proto(response, ticket)
-                if frame is not None:
-                    yield frame
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from error
-        except TimeoutError as error:
-            raise InterruptedPullError(f"no answer within {answer_s} s") from error
-        finally:
-            call.cancel()
 
     async def release(self, ticket: KvTicket) -> None:
         request = kv_pb2.ReleaseRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)

@@ -1,11 +1,11 @@
 """A pool's blocks in GPU memory, as transfers see them."""
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import torch
 
+from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.device_lane import MAX_BLOCKS, Lane
 from llm.kv.pool import KvPool, blocks_in
 
@@ -15,7 +15,7 @@ WARM_UP_S = 60.0
 class DeviceBlocks:
     """Copies and checksums on the GPU; the calling thread waits for them, without the GIL. Each thread has a stream of its own."""
 
-    num_per_job = num_per_turn = MAX_BLOCKS
+    least_per_job = num_per_job = num_per_turn = MAX_BLOCKS
     """One launch copies a whole frame's blocks."""
 
     def __init__(self, pool: KvPool) -> None:
@@ -36,26 +36,26 @@ class DeviceBlocks:
         for _ in range(num_threads):
             threads.submit(warm_up)
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+    def checksums(self, block_ids: BlockIds) -> Sums:
         return self._lane.checksums(block_ids)
 
-    def fetch(self, memory: torch.Tensor, source_ids: Sequence[int], block_ids: Sequence[int]) -> list[int]:
+    def fetch(self, memory: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
         """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what then lies in ours."""
         return self._lane.fetch(blocks_in(memory, self._pool.layout), source_ids, block_ids)
 
-    def store(self, staged: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+    def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of `pinned` memory into blocks, one a block; the checksums of what then lies in them."""
         return self._lane.store(staged, block_ids)
 
-    def load(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
+    def load(self, block_ids: BlockIds, staged: torch.Tensor) -> None:
         """Copies blocks to rows of `pinned` memory."""
         self._lane.load(block_ids, staged)
 
-    def gather(self, block_ids: Sequence[int], row: torch.Tensor) -> None:
+    def gather(self, block_ids: BlockIds, row: torch.Tensor) -> None:
         """Copies blocks into a `row`."""
         self._lane.gather(block_ids, row)
 
-    def scatter(self, row: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+    def scatter(self, row: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies a `row` into blocks; the checksums of what then lies in them."""
         return self._lane.scatter(row, block_ids)
 

@@ -1,34 +1,25 @@
-"""What a producer tells a consumer while a ticket's blocks become ready, whichever way it travels."""
+"""What a producer tells a consumer while a ticket's blocks become ready."""
 
 from dataclasses import dataclass
 
-MAX_BLOCKS_PER_FRAME = 256
-"""Keeps a frame's header small; longer runs are told in several frames."""
+MAX_ITEMS_PER_FRAME = 256
+"""Most blocks, and most checksums, of one frame; more are told in several."""
 
 
 @dataclass(frozen=True)
-class BlocksFrame:
-    """The blocks from index `first_block_index` of the ticket on are complete, and will not change while the lease lasts."""
+class NewsFrame:
+    """What is new of a ticket since the frame before; with nothing new, that the producer lives.
+
+    Blocks are told as soon as they are complete, their checksums as soon as they are known: at the same time or later, so that a
+    consumer copies while the producer still reads. Only a block that has its checksum may be used.
+    """
 
     epoch: int
     first_block_index: int
+    """The blocks from there on, `num_blocks` of them, are complete, and will not change while the lease lasts."""
+    num_blocks: int
+    first_checksum_index: int
     checksums: tuple[int, ...]
-    """XXH3-64 of each block's bytes."""
-
-
-@dataclass(frozen=True)
-class EndFrame:
-    """Every block has been told; the prompt is computed."""
-
-    epoch: int
-    first_token_id: int
-
-
-@dataclass(frozen=True)
-class WaitFrame:
-    """Nothing new; the producer lives."""
-
-    epoch: int
-
-
-Frame = BlocksFrame | EndFrame | WaitFrame
+    """XXH3-64 of the bytes of the blocks from `first_checksum_index` on."""
+    first_token_id: int | None = None
+    """The first token of the completion, once the prompt is computed."""

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtransfer.checksum import block_checksum
+from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.pool import KvPool
 
-JOB_BYTES = 1 << 21
-"""What one job reads or copies: enough to be worth waking a thread, little enough to share among threads, and so little that a
-consumer starts on a chunk's first blocks while the producer still reads the last."""
+LEAST_BYTES, JOB_BYTES = 1 << 19, 1 << 22
+"""Least and most that one job reads or copies: worth waking a thread for; and little enough for other pulls to get their turn."""
+
+Memory = npt.NDArray[np.uint8]
+"""Another pool's bytes."""
 
 
 class HostBlocks:
@@ -20,6 +24,8 @@ class HostBlocks:
 
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
+        self._block_bytes = pool.layout.block_bytes
+        self.least_per_job = max(1, LEAST_BYTES // pool.layout.block_bytes)
         self.num_per_job = max(1, JOB_BYTES // pool.layout.block_bytes)
 
     def warm_up(self, threads: Executor, num_threads: int) -> None:
@@ -28,16 +34,21 @@ class HostBlocks:
     def view(self, block_id: int) -> memoryview:
         return self._pool.block_view(block_id)
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]:
-        return [block_checksum(self._pool.block_view(block)) for block in block_ids]
+    def checksums(self, block_ids: BlockIds) -> Sums:
+        return _sums([block_checksum(self.view(block)) for block in block_ids.tolist()])
 
-    def fetch(self, sources: Sequence[memoryview], block_ids: Sequence[int]) -> list[int]:
-        """Copies blocks into ours; the checksums of what then lies there."""
-        for source, block in zip(sources, block_ids, strict=True):
-            _copy(source, self._pool.block_view(block))
+    def fetch(self, memory: Memory, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
+        """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what then lies in ours."""
+        size = self._block_bytes
+        for source, block in zip(source_ids.tolist(), block_ids.tolist(), strict=True):
+            _copy(memory[source * size : (source + 1) * size], self.view(block))
         return self.checksums(block_ids)
 
 
-def _copy(source: memoryview, target: memoryview) -> None:
+def _copy(source: Memory, target: memoryview) -> None:
     """Unlike assignment to a memoryview, this does not hold the GIL."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+    np.copyto(np.frombuffer(target, np.uint8), source)
+
+
+def _sums(checksums: Sequence[int]) -> Sums:
+    return np.array(checksums, np.uint64)

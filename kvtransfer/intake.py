@@ -1,34 +1,62 @@
 """Where pulled blocks arrive, and the threads that copy and verify them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvtransfer.blocks import Blocks
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+import numpy as np
+import numpy.typing as npt
+
+from kvtransfer.blocks import Blocks, shares
+from kvtransfer.frames import NewsFrame
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
 from kvtransfer.ticket import KvTicket
+from llm.kv.block_arrays import BlockIds, Sums
 
-Arrival = Callable[[int, int], Sequence[int]]
+Arrival = Callable[[int, int], Sums]
 """Puts the ticket's blocks from the first index up to the second in place, on a thread, and returns the checksums of what then lies
 there."""
 
 
 class Destination:
-    """The blocks of the own pool that one ticket is pulled into; `state` knows which of them hold verified content."""
+    """The blocks of the own pool that one ticket is pulled into; `state` knows which of them hold verified content.
+
+    A block is verified when it is in place and its checksum was told, whatever comes first. On the event loop.
+    """
 
     def __init__(self, block_ids: Sequence[int], state: PullState) -> None:
-        self.block_ids = block_ids
+        self.block_ids: BlockIds = np.asarray(block_ids, np.int32)
         self.state = state
+        self._found, self._told = (np.zeros(len(block_ids), np.uint64) for _ in range(2))
+        self._is_here, self._is_told = (np.zeros(len(block_ids), np.bool_) for _ in range(2))
 
-    def verify(self, first: int, found: Sequence[int], announced: Sequence[int]) -> None:
-        """On any thread, given the checksums of blocks that are in place. Raises DamagedBlockError."""
-        for index, (here, there) in enumerate(zip(found, announced, strict=True), first):
-            if here != there:
-                raise DamagedBlockError(index)
-            self.state.verified(index)
+    def begin_attempt(self) -> None:
+        """What is not verified comes again."""
+        self.state.begin_attempt()
+        for known in (self._is_here, self._is_told):
+            known[self.state.num_verified :] = False
+
+    def arrived(self, first: int, found: Sums) -> None:
+        """Blocks are in place. Raises DamagedBlockError."""
+        self._note(first, found, self._found, self._is_here)
+
+    def told(self, first: int, checksums: Sequence[int]) -> None:
+        """Checksums are known. Raises DamagedBlockError."""
+        self._note(first, np.array(checksums, np.uint64), self._told, self._is_told)
+
+    def _note(self, first: int, sums: Sums, kept: Sums, is_kept: npt.NDArray[np.bool_]) -> None:
+        run = slice(first, first + len(sums))
+        kept[run], is_kept[run] = sums, True
+        both = self._is_here[run] & self._is_told[run]
+        self._verify(first + np.flatnonzero(both))
+
+    def _verify(self, indexes: npt.NDArray[np.intp]) -> None:
+        good = self._found[indexes] == self._told[indexes]
+        self.state.verified(indexes[good])
+        if not good.all():
+            raise DamagedBlockError(int(indexes[~good][0]))
 
 
 class Sequencer:
@@ -37,42 +65,60 @@ class Sequencer:
     def __init__(self, epoch: int, first_block_index: int, num_blocks: int) -> None:
         self._epoch = epoch
         self._num_blocks = num_blocks
-        self.next_index = first_block_index
+        self.next_block = first_block_index
+        self.next_checksum = first_block_index
+        self.first_token_id: int | None = None
 
-    def accept(self, frame: BlocksFrame) -> int:
-        """How many of the frame's blocks, from its first on, are known already. Raises InterruptedPullError."""
-        self._check_epoch(frame.epoch)
-        end = frame.first_block_index + len(frame.checksums)
-        if frame.first_block_index > self.next_index or end > self._num_blocks:
-            raise InterruptedPullError(f"frame of blocks {frame.first_block_index} to {end} where {self.next_index} was next")
-        num_known = min(self.next_index, end) - frame.first_block_index
-        self.next_index = max(self.next_index, end)
-        return num_known
+    @property
+    def complete(self) -> bool:
+        """Whether everything was told."""
+        return self.first_token_id is not None and self.next_block == self.next_checksum == self._num_blocks
 
-    def end(self, epoch: int) -> None:
-        """Raises InterruptedPullError if blocks are missing."""
-        self._check_epoch(epoch)
-        if self.next_index != self._num_blocks:
-            raise InterruptedPullError(f"the end came after {self.next_index} of {self._num_blocks} blocks")
+    def accept(self, frame: NewsFrame) -> NewsFrame:
+        """What of the frame is new. Raises InterruptedPullError."""
+        if frame.epoch != self._epoch:
+            raise InterruptedPullError(f"a frame of epoch {frame.epoch} in a pull of epoch {self._epoch}")
+        if self.first_token_id not in (None, frame.first_token_id) and frame.first_token_id is not None:
+            raise InterruptedPullError("two first tokens for one prompt")
+        known_blocks = self._known(frame.first_block_index, frame.num_blocks, self.next_block, self._num_blocks)
+        next_block = self.next_block + frame.num_blocks - known_blocks
+        known_checksums = self._known(frame.first_checksum_index, len(frame.checksums), self.next_checksum, next_block)
+        new = replace(
+            frame,
+            first_block_index=self.next_block,
+            num_blocks=frame.num_blocks - known_blocks,
+            first_checksum_index=self.next_checksum,
+            checksums=frame.checksums[known_checksums:],
+        )
+        self.next_block, self.next_checksum = next_block, self.next_checksum + len(new.checksums)
+        self.first_token_id = self.first_token_id if frame.first_token_id is None else frame.first_token_id
+        return new
 
-    def _check_epoch(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            raise InterruptedPullError(f"a frame of epoch {epoch} in a pull of epoch {self._epoch}")
+    @staticmethod
+    def _known(first: int, count: int, expected: int, limit: int) -> int:
+        """How many of a run, from its first on, came before. A run of none says nothing."""
+        if count and (first > expected or first + count > limit):
+            raise InterruptedPullError(f"a frame of {first} to {first + count} where {expected} was next, of {limit}")
+        return min(count, expected - first) if count else 0
 
 
 class Crew:
-    """Threads at work on one destination, as a context.
+    """Threads at work on one destination, as a context. On the event loop but for the work itself.
 
     The context is left, in whatever way, only when no thread is at the destination's memory any more, so that its owner may reuse
     the blocks at once. Being cancelled makes the threads stop at the next turn (well under a millisecond) but is not hurried by
     further cancels.
     """
 
-    def __init__(self, destination: Destination, threads: Executor, blocks: Blocks) -> None:
+    def __init__(self, destination: Destination, threads: Executor, blocks: Blocks, num_threads: int) -> None:
         self._blocks = blocks
         self._destination = destination
         self._threads = threads
-        self._jobs: list[asyncio.Future[None]] = []
+        self._num_threads = num_threads
+        self._loop = asyncio.get_running_loop()
+        self._num_running = 0
+        self._landing: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
         self._stopped = False
 
     async def __aenter__(self) -> "Crew":
@@ -80,46 +126,71 @@ class Crew:
 
     async def __aexit__(self, *_: object) -> None:
         self._stopped = True
-        await settled(self._jobs)
+        cancelled: asyncio.CancelledError | None = None
+        while self._num_running:
+            try:
+                await self._next_landing()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
-    def start(self, first_block_index: int, checksums: Sequence[int], arrive: Arrival) -> None:
-        """Has a run of blocks brought in and verified. Split over threads."""
-        for start in range(0, len(checksums), self._blocks.num_per_job):
-            self.submit(first_block_index + start, checksums[start : start + self._blocks.num_per_job], arrive)
+    def start(self, first: int, num_blocks: int, arrive: Arrival) -> None:
+        """Has a run of blocks brought in and verified. Shared among threads."""
+        for start, count in shares(first, first + num_blocks, self._num_threads, self._blocks):
+            self.submit(start, count, arrive)
 
-    def submit(self, first_block_index: int, checksums: Sequence[int], arrive: Arrival) -> asyncio.Future[None]:
-        """The same as one job, which is returned."""
-        job = asyncio.wrap_future(self._threads.submit(self._take_in, first_block_index, checksums, arrive))
-        self._jobs.append(job)
-        return job
+    def submit(self, first: int, num_blocks: int, arrive: Arrival) -> asyncio.Future[None]:
+        """The same as one job. The future is done when the job is, however it ended; `check` tells."""
+        landed: asyncio.Future[None] = self._loop.create_future()
+        job = self._threads.submit(self._take_in, first, num_blocks, arrive)
+        self._num_running += 1
+        job.add_done_callback(lambda job: self._loop.call_soon_threadsafe(self._land, first, job, landed))
+        return landed
 
     def check(self) -> None:
-        """Raises DamagedBlockError if a finished job found one."""
-        for job in self._jobs:
-            if job.done():
-                job.result()
-        self._jobs = [job for job in self._jobs if not job.done()]
+        """Raises DamagedBlockError if a block that came was one, or what a job failed with."""
+        if self._error is not None:
+            raise self._error
 
     async def join(self) -> None:
-        """Returns once every block is verified. Raises DamagedBlockError."""
-        for job in self._jobs:
-            await asyncio.wait([job])
+        """Returns once every job is done. Raises what `check` does, as soon as it does."""
         self.check()
+        while self._num_running:
+            await self._next_landing()
+            self.check()
 
-    def _take_in(self, first: int, checksums: Sequence[int], arrive: Arrival) -> None:
-        for start in range(0, len(checksums), self._blocks.num_per_turn):
+    def _take_in(self, first: int, num_blocks: int, arrive: Arrival) -> list[Sums]:
+        found = []
+        for start in range(first, first + num_blocks, self._blocks.num_per_turn):
             if self._stopped:
-                return
-            part = checksums[start : start + self._blocks.num_per_turn]
-            found = arrive(first + start, first + start + len(part))
-            self._destination.verify(first + start, found, part)
+                break
+            found.append(arrive(start, min(start + self._blocks.num_per_turn, first + num_blocks)))
+        return found
+
+    def _land(self, first: int, job: Future[list[Sums]], landed: asyncio.Future[None]) -> None:
+        self._num_running -= 1
+        try:
+            for sums in job.result():
+                self._destination.arrived(first, sums)
+                first += len(sums)
+        except Exception as error:
+            self._error = self._error or error
+        for waited in (landed, self._landing):
+            if waited is not None and not waited.done():
+                waited.set_result(None)
+
+    async def _next_landing(self) -> None:
+        self._landing = self._loop.create_future()
+        await self._landing
 
 
 @dataclass(frozen=True)
 class Pull:
-    """One attempt at a ticket's blocks."""
+    """One attempt at a ticket's blocks. `source_ids`: the producer's."""
 
     ticket: KvTicket
+    source_ids: BlockIds
     destination: Destination
     crew: Crew
 
@@ -128,24 +199,31 @@ class Pull:
         return Sequencer(self.ticket.epoch, self.destination.state.num_verified, len(self.ticket.block_ids))
 
 
-async def follow(frames: AsyncGenerator[Frame, None], pull: Pull, arrive: Arrival) -> int:
-    """Has the crew bring in the blocks that `frames` tell of, from the first that is not verified on; returns the first token.
+Bring = Callable[[NewsFrame, NewsFrame], Awaitable[None]]
+"""Sees to the blocks of a frame; given also what of it is new."""
 
-    Raises InterruptedPullError, DamagedBlockError, or what `frames` raises.
+
+async def follow(frames: AsyncGenerator[NewsFrame, None], pull: Pull, bring: Bring) -> int:
+    """Has the blocks brought in that `frames` tell of, from the first that is not verified on, until everything was told.
+
+    Returns the first token; the crew may still be at work then.
+
+    Raises InterruptedPullError, DamagedBlockError, or what `frames` and `bring` raise.
     """
-    sequencer, crew = pull.sequencer(), pull.crew
+    sequencer, destination = pull.sequencer(), pull.destination
     async with aclosing(frames):
         async for frame in frames:
-            crew.check()
-            match frame:
-                case BlocksFrame(_, first, checksums):
-                    pull.destination.state.filling()
-                    num_known = sequencer.accept(frame)
-                    crew.start(first + num_known, checksums[num_known:], arrive)
-                case EndFrame(epoch, first_token_id):
-                    sequencer.end(epoch)
-                    return first_token_id
-    raise InterruptedPullError("the producer's stream ended without its last frame")
+            pull.crew.check()
+            new = sequencer.accept(frame)
+            if frame.num_blocks:
+                destination.state.filling()
+                await bring(frame, new)
+            if new.checksums:
+                destination.told(new.first_checksum_index, new.checksums)
+            if sequencer.complete:
+                assert sequencer.first_token_id is not None
+                return sequencer.first_token_id
+    raise InterruptedPullError("the producer's stream ended early")
 
 
 async def settled(jobs: Sequence[asyncio.Future[None]]) -> None:

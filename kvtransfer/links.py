@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvtransfer.intake import settled
 from kvtransfer.transports.nccl_link import MAX_LINKS, Link, LinkError
+from llm.kv.block_arrays import BlockIds
 from tandem.errors import Reason, TandemError
 
 if TYPE_CHECKING:  # it needs what only machines with a GPU have
@@ -55,7 +58,7 @@ class Links:
             joining.add_done_callback(self._leave)
 
     @asynccontextmanager
-    async def turn(self, link_id: str, block_ids: Sequence[int]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    async def turn(self, link_id: str, block_ids: BlockIds) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """The link, for one message, with copies of the blocks; what the context gives sends them.
 
         Raises TRANSFER_INTERRUPTED if the link is lost, INVALID_REQUEST for more than it takes.
@@ -76,7 +79,7 @@ class Links:
     def _join(self, unique_id: bytes) -> Link:
         """NCCL sets its connections up with the first message, so a first one is sent at once."""
         link = Link(unique_id, 0, self._blocks)
-        self._blocks.gather([0], link.row[:1])
+        self._blocks.gather(np.zeros(1, np.int32), link.row[:1])
         link.row[:1].zero_()
         link.send(1)
         return link

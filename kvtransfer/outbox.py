@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 
-from kvtransfer.blocks import Blocks
-from kvtransfer.frames import MAX_BLOCKS_PER_FRAME, BlocksFrame, EndFrame, Frame, WaitFrame
+import numpy as np
+
+from kvtransfer.blocks import Blocks, shares
+from kvtransfer.frames import MAX_ITEMS_PER_FRAME, NewsFrame
 from kvtransfer.ledger import Entry, not_found
 from kvtransfer.threads import WatchedThreads
+from llm.kv.block_arrays import Sums
 from tandem.errors import TandemError
 from tandem.progress import Work
 
@@ -18,65 +22,82 @@ logger = logging.getLogger(__name__)
 CHECKSUM_THREADS = 2
 
 
+@dataclass
+class Reader:
+    """What one stream has been told: so many blocks and checksums from the ticket's first on, and whether the first token."""
+
+    num_blocks: int
+    num_checksums: int
+    knows_token: bool = False
+
+    def knows_all_of(self, entry: Entry) -> bool:
+        return self.knows_token and self.num_blocks == self.num_checksums == len(entry.block_ids)
+
+    def note(self, frame: NewsFrame) -> None:
+        self.num_blocks += frame.num_blocks
+        self.num_checksums += len(frame.checksums)
+        self.knows_token |= frame.first_token_id is not None
+
+
 class Outbox:
-    """One ticket's readiness, as its readers may see it: a block is told only once its checksum is known. On the event loop."""
+    """One ticket's readiness, as its readers may see it. On the event loop."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
+        self.block_ids = np.asarray(entry.block_ids, np.int32)
         self.num_submitted = 0
         """Blocks whose checksums have been asked for; changed by the Checksummer."""
         self.silenced: TandemError | None = None
         """What the present readers end with, if their consumer has fallen silent."""
-        self._checksums: list[int | None] = [None] * len(entry.block_ids)
-        self._num_told = 0
+        self._checksums = np.zeros(len(entry.block_ids), np.uint64)
+        self._known = np.zeros(len(entry.block_ids) + 1, np.bool_)  # the last never is
+        self._num_checksums = 0
         self._changed = asyncio.Event()
 
     @property
-    def num_told(self) -> int:
-        """Blocks that readers may know of."""
-        return self._num_told
+    def num_checksums(self) -> int:
+        """Blocks from the first on whose checksums readers may know."""
+        return self._num_checksums
 
     def notify(self) -> None:
         """Wakes everyone who waits; the entry, or what is known of it, has changed."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def add(self, first_block_index: int, checksums: Sequence[int]) -> None:
-        """Checksums may come in any order; readers hear of blocks in order, without gap."""
-        self._checksums[first_block_index : first_block_index + len(checksums)] = checksums
-        while self._num_told < len(self._checksums) and self._checksums[self._num_told] is not None:
-            self._num_told += 1
+    def add(self, first_block_index: int, checksums: Sums) -> None:
+        """Checksums may come in any order; readers hear of them in order, without gap."""
+        end = first_block_index + len(checksums)
+        self._checksums[first_block_index:end] = checksums
+        self._known[first_block_index:end] = True
+        self._num_checksums += int(self._known[self._num_checksums :].argmin())
         self.notify()
 
-    async def next_frame(self, index: int, heartbeat_s: float | None) -> Frame:
-        """What a reader that knows the blocks before `index` is told next; a WaitFrame after `heartbeat_s` without news.
-
-        Raises the error that ended the ticket.
-        """
+    async def next_frame(self, reader: Reader, heartbeat_s: float | None) -> NewsFrame:
+        """What a reader is told next; a frame without news after `heartbeat_s`. Raises the error that ended the ticket."""
         while True:
-            frame = self._frame_from(index)
-            if frame is not None:
+            frame = self._news_for(reader)
+            if frame.num_blocks or frame.checksums or frame.first_token_id is not None:
                 return frame
             try:
                 async with asyncio.timeout(heartbeat_s):
                     await self._changed.wait()
             except TimeoutError:
-                return WaitFrame(self.entry.epoch)
+                return frame
 
-    def _frame_from(self, index: int) -> Frame | None:
-        entry = self.entry
+    def _news_for(self, reader: Reader) -> NewsFrame:
+        entry, told = self.entry, reader.num_checksums
         if entry.error is not None:
             raise entry.error
         if self.silenced is not None:
             raise self.silenced
         if entry.state.final:
             raise not_found(entry.ticket_id, entry.epoch, entry.state.value)
-        if index < self._num_told:
-            known = self._checksums[index : min(self._num_told, index + MAX_BLOCKS_PER_FRAME)]
-            return BlocksFrame(entry.epoch, index, tuple(checksum for checksum in known if checksum is not None))
-        if entry.first_token_id is not None and index == len(self._checksums):
-            return EndFrame(entry.epoch, entry.first_token_id)
-        return None
+        num_blocks = min(max(0, entry.num_ready_blocks - reader.num_blocks), MAX_ITEMS_PER_FRAME)
+        # No checksum comes before its block: a frame holds what belongs together.
+        end = min(self._num_checksums, told + MAX_ITEMS_PER_FRAME, reader.num_blocks + num_blocks)
+        checksums = tuple(self._checksums[told:end].tolist())
+        token = None if reader.knows_token else entry.first_token_id
+        return NewsFrame(entry.epoch, reader.num_blocks, num_blocks, told, checksums, token)
 
 
 class Checksummer:
@@ -94,9 +115,8 @@ class Checksummer:
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""
         loop, ready = asyncio.get_running_loop(), outbox.entry.num_ready_blocks
-        for first in range(outbox.num_submitted, ready, self._blocks.num_per_job):
-            block_ids = outbox.entry.block_ids[first : min(first + self._blocks.num_per_job, ready)]
-            job = self._threads.submit(self._blocks.checksums, block_ids)
+        for first, count in shares(outbox.num_submitted, ready, CHECKSUM_THREADS, self._blocks):
+            job = self._threads.submit(self._blocks.checksums, outbox.block_ids[first : first + count])
             report = partial(self._done, outbox, first)
             job.add_done_callback(partial(_on_loop, loop, report))
         outbox.num_submitted = ready
@@ -109,7 +129,7 @@ class Checksummer:
         """Waits for the jobs under way."""
         await asyncio.to_thread(self._threads.shutdown)
 
-    def _done(self, outbox: Outbox, first_block_index: int, job: Future[list[int]]) -> None:
+    def _done(self, outbox: Outbox, first_block_index: int, job: Future[Sums]) -> None:
         error = job.exception()
         if error is None:
             outbox.add(first_block_index, job.result())
@@ -117,5 +137,5 @@ class Checksummer:
             self._failed(outbox, error)
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, report: Callable[[Future[list[int]]], None], job: Future[list[int]]) -> None:
+def _on_loop(loop: asyncio.AbstractEventLoop, report: Callable[[Future[Sums]], None], job: Future[Sums]) -> None:
     loop.call_soon_threadsafe(report, job)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc.aio
 import torch
 
+from kvtransfer.connections import Connections
 from kvtransfer.control import ControlClient
 from kvtransfer.fence import Fence
 from kvtransfer.lifeline import Lifeline
 from kvtransfer.mapped_file import UnmappableError, is_gone
+from kvtransfer.mapping import Mapping
 from kvtransfer.pull_state import StalledPullError
-from kvtransfer.ticket import HeartbeatPort, KvTicket, TcpOffer
+from kvtransfer.ticket import HeartbeatPort, KvPort, KvTicket
 from kvtransfer.transports.nccl import NcclClient
 from kvtransfer.transports.nccl_link import MAX_LINKS, LinkError
-from kvtransfer.transports.shm import Mapping
-from kvtransfer.transports.tcp import TcpClient
 from llm.kv.device_memory import DeviceMemoryError, ImportedMemory
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.memory_file import MemoryFile
@@ -33,7 +33,7 @@ Lifelines = Callable[[HeartbeatPort, str], Lifeline]
 
 
 class Peer:
-    """One producer process: a gRPC channel, and its mapped pool and TCP connections once they are used."""
+    """One producer process: a gRPC channel, and its mapped pool and KV connections once they are used."""
 
     def __init__(self, producer_id: str, channel: grpc.aio.Channel, lifelines: Lifelines) -> None:
         self.producer_id = producer_id
@@ -49,7 +49,7 @@ class Peer:
         """Opens its GPU memory; that is tried once."""
         self.joining: asyncio.Task[NcclClient] | None = None
         """Makes its NCCL link; that is tried once."""
-        self._tcp: TcpClient | None = None
+        self._connections: Connections | None = None
         self._lifelines = lifelines
         self._lifeline: Lifeline | None = None
 
@@ -90,11 +90,11 @@ class Peer:
             self._lifeline = self._lifelines(port, self.producer_id)
         return self._lifeline
 
-    def tcp(self, offer: TcpOffer) -> TcpClient:
-        if self._tcp is None or self._tcp.offer != offer:
-            self._close_tcp()
-            self._tcp = TcpClient(offer)
-        return self._tcp
+    def connections(self, port: KvPort) -> Connections:
+        if self._connections is None or self._connections.port != port:
+            self._hang_up()
+            self._connections = Connections(port)
+        return self._connections
 
     @property
     def gone(self) -> bool:
@@ -125,7 +125,7 @@ class Peer:
             await self.nccl.close()
         if self.memory is not None:
             await asyncio.to_thread(self.memory.close)
-        self._close_tcp()
+        self._hang_up()
         self._close_lifeline()
         await self.control.close()
 
@@ -133,9 +133,9 @@ class Peer:
         if self._lifeline is not None:
             self._lifeline.close()
 
-    def _close_tcp(self) -> None:
-        if self._tcp is not None:
-            self._tcp.close()
+    def _hang_up(self) -> None:
+        if self._connections is not None:
+            self._connections.close()
 
 
 class Peers:

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from kvtransfer.blocks import blocks_of
 from kvtransfer.choice import offerable
 from kvtransfer.counters import ProducerCounters
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
+from kvtransfer.frames import NewsFrame
 from kvtransfer.heart_server import HeartServer
 from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.kv_server import KvServer
 from kvtransfer.ledger import TicketLedger, not_found
 from kvtransfer.links import Links
 from kvtransfer.offers import offer_for
-from kvtransfer.outbox import Checksummer, Outbox
+from kvtransfer.outbox import Checksummer, Outbox, Reader
 from kvtransfer.pulse import Pulse
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
-from kvtransfer.ticket import TRANSPORTS, BlockFence, HeartbeatPort, KvTicket, TransportOffer, check_names
-from kvtransfer.transports.tcp_server import TcpServer
+from kvtransfer.ticket import TRANSPORTS, BlockFence, HeartbeatPort, KvPort, KvTicket, TransportOffer, check_names
+from llm.kv.block_arrays import BlockIds
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
 from tandem.progress import Work
@@ -75,9 +76,10 @@ class KvProducer:
         self._checksummer = Checksummer(blocks, self._fail)
         self._stage = stage_of(blocks)
         self.links = None if isinstance(blocks, HostBlocks) else Links(blocks)
-        self._tcp = TcpServer(self._stage, pool.layout.block_bytes, self, kv_host) if "tcp" in transports else None
+        self._server = KvServer(self._stage, pool.layout.block_bytes, self, kv_host, sends_blocks="tcp" in transports)
         self._heart = heart(self._ledger.pulse, identity.producer_id, kv_host)
         self._heartbeat: HeartbeatPort | None = None
+        self._port: KvPort | None = None
         self._advertised_host = kv_advertised_host or kv_host
         self._offers: tuple[TransportOffer, ...] = ()
         self._expiry: asyncio.TimerHandle | None = None
@@ -90,8 +92,8 @@ class KvProducer:
     async def start(self) -> None:
         """Listens for consumers; before the first grant."""
         self._heartbeat = HeartbeatPort(self._advertised_host, await asyncio.to_thread(self._heart.start))
-        tcp_port = await self._tcp.start() if self._tcp is not None else 0
-        self._offers = tuple(offer_for(name, self._pool, self._advertised_host, tcp_port) for name in self.transports)
+        self._port = KvPort(self._advertised_host, await self._server.start())
+        self._offers = tuple(offer_for(name, self._pool, self._port) for name in self.transports)
 
     @property
     def num_outstanding(self) -> int:
@@ -107,7 +109,7 @@ class KvProducer:
             aborted=ended[State.ABORTED],
             stale=ledger.num_stale,
             silenced=self._num_silenced,
-            refused_connections=self._heart.num_refused + (0 if self._tcp is None else self._tcp.num_refused),
+            refused_connections=self._heart.num_refused + self._server.num_refused,
         )
 
     def work(self) -> Work:
@@ -132,6 +134,7 @@ class KvProducer:
             address=identity.address,
             heartbeat=self._heartbeat,
             fence=self._fence(block_ids),
+            kv_port=self._port,
         )
         self._outboxes[ticket.ticket_id] = Outbox(self._ledger.grant(ticket.ticket_id, epoch, block_ids))
         self._idle.clear()
@@ -140,15 +143,18 @@ class KvProducer:
     def progress(self, ticket_id: str, num_ready_blocks: int) -> None:
         """The ticket's first `num_ready_blocks` blocks will not change any more."""
         if self._ledger.progress(ticket_id, num_ready_blocks) is not None:
-            self._checksummer.submit(self._outboxes[ticket_id])
+            self._tell(self._outboxes[ticket_id])
 
     def finish(self, ticket_id: str, first_token_id: int) -> None:
         """All blocks are ready and the first token is drawn; the lease begins to run."""
         if self._ledger.finish(ticket_id, first_token_id) is not None:
-            outbox = self._outboxes[ticket_id]
-            self._checksummer.submit(outbox)
-            outbox.notify()
+            self._tell(self._outboxes[ticket_id])
             self._watch_leases()
+
+    def _tell(self, outbox: Outbox) -> None:
+        """Readers come first: their consumers copy while checksums are taken here."""
+        outbox.notify()
+        asyncio.get_running_loop().call_soon(self._checksummer.submit, outbox)
 
     def abort(self, ticket_id: str, error: TandemError) -> None:
         """Ends a ticket that will not be filled; whoever waits for it gets `error`. Idempotent."""
@@ -160,15 +166,15 @@ class KvProducer:
         self._ledger.release(ticket_id, epoch)
         self._changed(ticket_id)
 
-    def block_ids(self, ticket_id: str, epoch: int) -> tuple[int, ...]:
+    def block_ids(self, ticket_id: str, epoch: int) -> BlockIds:
         """A ticket's blocks; its own only until it is over, as `check` tells. Raises TICKET_NOT_FOUND."""
         self.check(ticket_id, epoch)
-        return self._outboxes[ticket_id].entry.block_ids
+        return self._outboxes[ticket_id].block_ids
 
-    def told_blocks(self, ticket_id: str, epoch: int) -> tuple[int, ...]:
-        """Those that readers know of. Raises TICKET_NOT_FOUND."""
+    def ready_blocks(self, ticket_id: str, epoch: int) -> BlockIds:
+        """Those that readers may know of. Raises TICKET_NOT_FOUND."""
         block_ids = self.block_ids(ticket_id, epoch)
-        return block_ids[: self._outboxes[ticket_id].num_told]
+        return block_ids[: self._outboxes[ticket_id].entry.num_ready_blocks]
 
     def is_outstanding(self, ticket_id: str) -> bool:
         """Whether the ticket's blocks have not been freed."""
@@ -184,27 +190,25 @@ class KvProducer:
 
     async def frames(
         self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
-    ) -> AsyncGenerator[Frame, None]:
-        """Runs of ready blocks from `first_block_index` on, as they become ready, then the end.
+    ) -> AsyncGenerator[NewsFrame, None]:
+        """What becomes ready from `first_block_index` on, as it does, until everything was told.
 
-        With `heartbeat_s`, a WaitFrame after each such span without news. The caller closes the generator; its being open keeps no
+        With `heartbeat_s`, a frame after each such span without news. The caller closes the generator; its being open keeps no
         lease alive. Raises TICKET_NOT_FOUND, INVALID_REQUEST for an index beyond the ticket, TRANSFER_INTERRUPTED for a consumer
         that has fallen silent, or the error given to `abort`.
         """
         entry = self._ledger.open(ticket_id, epoch)
-        outbox, index = self._outboxes[ticket_id], first_block_index
+        outbox, reader = self._outboxes[ticket_id], Reader(first_block_index, first_block_index)
         outbox.silenced = None
         self._count_reader(1)
         try:
-            if not 0 <= index <= len(entry.block_ids):
-                raise TandemError(Reason.INVALID_REQUEST, f"the ticket has {len(entry.block_ids)} blocks, not {index}")
-            while True:
-                frame = await outbox.next_frame(index, heartbeat_s)
+            if not 0 <= first_block_index <= len(entry.block_ids):
+                raise TandemError(Reason.INVALID_REQUEST, f"the ticket has {len(entry.block_ids)} blocks, not {first_block_index}")
+            while not reader.knows_all_of(entry):
+                frame = await outbox.next_frame(reader, heartbeat_s)
                 yield frame
-                if isinstance(frame, EndFrame):
-                    self._ledger.pulled(entry)
-                    return
-                index += len(frame.checksums) if isinstance(frame, BlocksFrame) else 0
+                reader.note(frame)
+            self._ledger.pulled(entry)
         finally:
             self._ledger.close(entry)
             self._count_reader(-1)
@@ -224,8 +228,7 @@ class KvProducer:
         """Ends all tickets and frees their blocks; nothing may be granted any more."""
         for ticket_id in self._ledger.ticket_ids:
             self.abort(ticket_id, TandemError(Reason.DRAINING, "the prefill worker is shutting down"))
-        if self._tcp is not None:
-            await self._tcp.close()
+        await self._server.close()
         self._unwatch_leases()
         if self._watch is not None:
             self._watch.cancel()

@@ -3,6 +3,9 @@
 import logging
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+
 from kvtransfer.states import State
 from tandem.errors import Reason, TandemError
 
@@ -31,7 +34,7 @@ class StalledPullError(InterruptedPullError):
 
 
 class PullState:
-    """One ticket's pull. Transitions may be repeated, and do nothing once the state is final; `verified` may come from any thread.
+    """One ticket's pull. Transitions may be repeated, and do nothing once the state is final.
 
     `clock` gives seconds and never goes back.
     """
@@ -47,7 +50,7 @@ class PullState:
         self.num_refetched = 0
         self.num_resumed = 0
         self._clock = clock
-        self._verified = bytearray(num_blocks)
+        self._verified = np.zeros(num_blocks + 1, np.bool_)  # the last never is
         self._refetches: dict[int, int] = {}
 
     def __str__(self) -> str:
@@ -56,21 +59,19 @@ class PullState:
     @property
     def num_verified(self) -> int:
         """Blocks from the first on that are verified."""
-        index = self._verified.find(0)
-        return len(self._verified) if index < 0 else index
+        return int(self._verified.argmin())
 
     def begin_attempt(self) -> None:
         """Blocks after the first unverified one will be written again, so what is known of them no longer counts."""
-        first = self.num_verified
-        self._verified[first:] = bytes(len(self._verified) - first)
+        self._verified[self.num_verified :] = False
 
     def filling(self) -> None:
         """Blocks are told."""
         self.began_at = self.began_at or self._clock()
         self._advance(State.FILLING)
 
-    def verified(self, index: int) -> None:
-        self._verified[index] = 1
+    def verified(self, indexes: int | npt.NDArray[np.intp]) -> None:
+        self._verified[indexes] = True
 
     def ready(self) -> None:
         """Every block was told."""
@@ -78,7 +79,7 @@ class PullState:
 
     def pulled(self) -> None:
         """Every block is here; they may be used from now on."""
-        assert self.num_verified == len(self._verified), "a block is used that was not verified"
+        assert self.num_verified == len(self._verified) - 1, "a block is used that was not verified"
         self.began_at = self.began_at or self._clock()
         self.ended_at = self.ended_at or self._clock()
         self._advance(State.PULLED)

@@ -4,12 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc.aio
+import numpy as np
 
 from kvtransfer.blocks import blocks_of
 from kvtransfer.choice import Chooser, TransportChoice, offer_of
-from kvtransfer.control import RESUME_TIMEOUT_S
+from kvtransfer.connections import Answer
 from kvtransfer.counters import PullCounters, PullTally
 from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.intake import Crew, Destination, Pull
@@ -19,8 +21,8 @@ from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, Pulle
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
 from kvtransfer.threads import WatchedThreads
-from kvtransfer.ticket import TRANSPORTS, KvTicket, TcpOffer, check_names
-from kvtransfer.transports import cuda_ipc, shm
+from kvtransfer.ticket import TRANSPORTS, KvPort, KvTicket, TcpOffer, check_names
+from kvtransfer.transports import mapped, tcp
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -86,6 +88,8 @@ class KvPuller:
                 raise TandemError(Reason.MODEL_MISMATCH, message, metadata={name: theirs})
         if ticket.layout != self._layout:
             raise TandemError(Reason.KV_LAYOUT_MISMATCH, f"the ticket's blocks are {ticket.layout}, this worker's {self._layout}")
+        if ticket.kv_port is None:
+            raise TandemError(Reason.KV_LAYOUT_MISMATCH, "the prefill worker is of an earlier version, whose hand-off is another")
         needed = self._layout.blocks_for(ticket.num_tokens)
         if len(ticket.block_ids) != needed:
             message = f"the ticket has {len(ticket.block_ids)} blocks; {ticket.num_tokens} tokens take {needed}"
@@ -173,35 +177,48 @@ class KvPuller:
 
     async def _attempt(self, choice: TransportChoice, ticket: KvTicket, peer: Peer, destination: Destination) -> int:
         state = destination.state
-        state.begin_attempt()
-        async with Crew(destination, self._threads, self._blocks) as crew:
-            first_token_id = await self._fetch(choice.transport, peer, Pull(ticket, destination, crew))
+        destination.begin_attempt()
+        async with Crew(destination, self._threads, self._blocks, THREADS) as crew:
+            pull = Pull(ticket, np.array(ticket.block_ids, np.int32), destination, crew)
+            connections = peer.connections(_port_of(ticket, choice.transport))
+            async with connections.pulling(ticket, state.num_verified, with_blocks=choice.transport == "tcp") as answer:
+                first_token_id = await self._fetch(choice.transport, peer, answer, pull)
             state.ready()
             await crew.join()
             state.pulled()
             return first_token_id
 
-    async def _fetch(self, transport: str, peer: Peer, pull: Pull) -> int:
-        ticket, state = pull.ticket, pull.destination.state
-        if transport == "tcp":
-            offer = offer_of(ticket, TcpOffer)
-            assert offer is not None, "tcp is chosen only if offered"
-            return await peer.tcp(offer).fetch(self._stage, pull)
-        frames = peer.control.frames(ticket, state.num_verified, RESUME_TIMEOUT_S if state.num_resumed else None)
-        if transport == "nccl":
-            assert peer.nccl is not None, "choosing nccl makes the link"
-            return await peer.nccl.fetch(frames, pull)
-        assert peer.fence is not None, "choosing such a transport maps the fence"
+    async def _fetch(self, transport: str, peer: Peer, answer: Answer, pull: Pull) -> int:
+        match transport:
+            case "tcp":
+                return await tcp.fetch(answer, self._stage, pull)
+            case "nccl":
+                assert peer.nccl is not None, "choosing nccl makes the link"
+                return await peer.nccl.fetch(answer.frames(), pull)
+            case _:
+                assert peer.fence is not None, "choosing such a transport maps the fence"
+                return await mapped.fetch(answer.frames(), self._copy(peer), peer.fence, pull)
+
+    def _copy(self, peer: Peer) -> mapped.Copy:
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"
-            return await shm.fetch(frames, peer.mapping, peer.fence, self._blocks, pull)
+            return partial(self._blocks.fetch, peer.mapping.bytes)
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
-        return await cuda_ipc.fetch(frames, peer.memory, peer.fence, self._blocks, pull)
+        return partial(self._blocks.fetch, peer.memory.tensor)
 
     def _result(self, choice: TransportChoice, first_token_id: int, state: PullState) -> PullResult:
         num_bytes = state.num_verified * self._layout.block_bytes
         pull_us = round((state.ended_at - state.began_at) * 1e6)
         return PullResult(first_token_id, choice.transport, num_bytes, pull_us, state.num_refetched, state.num_resumed)
+
+
+def _port_of(ticket: KvTicket, transport: str) -> KvPort:
+    offer = offer_of(ticket, TcpOffer)
+    if transport == "tcp":
+        assert offer is not None, "tcp is chosen only if offered"
+        return KvPort(offer.host, offer.port)
+    assert ticket.kv_port is not None, "a ticket without one is refused"
+    return ticket.kv_port
 
 
 def _log(ticket: KvTicket, what: str) -> None:

@@ -1,13 +1,11 @@
-"""KvTransferService: the control side of the hand-off, at the producer."""
+"""KvTransferService: what consumers ask of a producer beside the KV port."""
 
 import asyncio
-from contextlib import aclosing
 
 import grpc
 
 from kvtransfer.links import Links
 from kvtransfer.producer import KvProducer
-from kvtransfer.wire import frame_to_proto
 from tandem.errors import Reason, TandemError
 from tandem.server import Server
 from tandem.worker.v1 import kv_pb2, kv_pb2_grpc
@@ -21,14 +19,6 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
     def __init__(self, producer: KvProducer) -> None:
         self._producer = producer
 
-    async def Pull(self, request: kv_pb2.PullRequest, context: grpc.aio.ServicerContext) -> None:
-        # The first frame may be long in coming; this tells the caller at once that somebody is there.
-        await context.send_initial_metadata(())
-        frames = self._producer.frames(request.ticket_id, request.epoch, request.first_block_index)
-        async with aclosing(frames):
-            async for frame in frames:
-                await context.write(frame_to_proto(frame, request.ticket_id, self._producer.block_bytes))
-
     async def JoinLink(self, request: kv_pb2.JoinLinkRequest, context: grpc.aio.ServicerContext) -> None:
         links = self._links()
         with links.place():
@@ -39,7 +29,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
 
     async def SendBlocks(self, request: kv_pb2.SendBlocksRequest, context: grpc.aio.ServicerContext) -> None:
         producer, first, count = self._producer, request.first_block_index, request.num_blocks
-        block_ids = producer.told_blocks(request.ticket_id, request.epoch)[first : first + count]
+        block_ids = producer.ready_blocks(request.ticket_id, request.epoch)[first : first + count]
         if not 0 < len(block_ids) == count:
             raise TandemError(Reason.INVALID_REQUEST, "only blocks that were told can be sent")
         async with self._links().turn(request.link_id, block_ids) as send:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.intake import Arrival
+from llm.kv.block_arrays import BlockIds, Sums
 
 if TYPE_CHECKING:
     from kvtransfer.device_blocks import DeviceBlocks
@@ -27,7 +29,7 @@ class Room:
     checksums of what then lies there. To be released once that is done, or if it never is."""
 
     views: Sequence[memoryview]
-    bring: Callable[[int, int], Sequence[int]]
+    bring: Arrival
     release: Callable[[], None]
 
 
@@ -37,10 +39,10 @@ class Stage(Protocol):
     @property
     def num_per_room(self) -> int: ...
 
-    async def room(self, block_ids: Sequence[int]) -> Room:
+    async def room(self, block_ids: BlockIds) -> Room:
         """For at most `num_per_room` blocks."""
 
-    def lend(self, block_ids: Sequence[int]) -> AsyncGenerator[Sequence[memoryview], None]:
+    def lend(self, block_ids: BlockIds) -> AsyncGenerator[Sequence[memoryview], None]:
         """The blocks' bytes in order, a run at a time, each valid until the next is asked for. The caller closes the generator."""
 
     async def close(self) -> None:
@@ -54,14 +56,14 @@ class HostStage:
         self._blocks = blocks
         self.num_per_room = blocks.num_per_job
 
-    async def room(self, block_ids: Sequence[int]) -> Room:
-        def bring(first: int, last: int) -> Sequence[int]:
+    async def room(self, block_ids: BlockIds) -> Room:
+        def bring(first: int, last: int) -> Sums:
             return self._blocks.checksums(block_ids[first:last])
 
-        return Room([self._blocks.view(block) for block in block_ids], bring, lambda: None)
+        return Room([self._blocks.view(block) for block in block_ids.tolist()], bring, lambda: None)
 
-    async def lend(self, block_ids: Sequence[int]) -> AsyncGenerator[Sequence[memoryview], None]:
-        yield [self._blocks.view(block) for block in block_ids]
+    async def lend(self, block_ids: BlockIds) -> AsyncGenerator[Sequence[memoryview], None]:
+        yield [self._blocks.view(block) for block in block_ids.tolist()]
 
     async def close(self) -> None:
         pass
@@ -77,16 +79,16 @@ class DeviceStage:
         self._slots: asyncio.Queue[torch.Tensor] = asyncio.Queue()
         self._num_unmade = num_slots
 
-    async def room(self, block_ids: Sequence[int]) -> Room:
+    async def room(self, block_ids: BlockIds) -> Room:
         slot = await self._take()
         rows = slot[: len(block_ids)]
 
-        def bring(first: int, last: int) -> Sequence[int]:
+        def bring(first: int, last: int) -> Sums:
             return self._blocks.store(rows[first:last], block_ids[first:last])
 
         return Room(_views(rows), bring, lambda: self._slots.put_nowait(slot))
 
-    async def lend(self, block_ids: Sequence[int]) -> AsyncGenerator[Sequence[memoryview], None]:
+    async def lend(self, block_ids: BlockIds) -> AsyncGenerator[Sequence[memoryview], None]:
         size = self.num_per_room
         waiting = [block_ids[start : start + size] for start in range(0, len(block_ids), size)]
         loading = self._start(waiting)
@@ -105,10 +107,10 @@ class DeviceStage:
     async def close(self) -> None:
         await asyncio.to_thread(self._threads.shutdown)
 
-    def _start(self, waiting: list[Sequence[int]]) -> asyncio.Task[tuple[torch.Tensor, int]] | None:
+    def _start(self, waiting: list[BlockIds]) -> asyncio.Task[tuple[torch.Tensor, int]] | None:
         return asyncio.create_task(self._load(waiting.pop(0))) if waiting else None
 
-    async def _load(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, int]:
+    async def _load(self, block_ids: BlockIds) -> tuple[torch.Tensor, int]:
         """A slot that holds the blocks, and how many; the caller gives it back. If this is cancelled, it goes back by itself."""
         slot = await self._take()
         job = asyncio.get_running_loop().run_in_executor(self._threads, self._blocks.load, block_ids, slot[: len(block_ids)])

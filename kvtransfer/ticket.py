@@ -31,7 +31,7 @@ class ShmOffer:
 
 @dataclass(frozen=True)
 class TcpOffer:
-    """The producer sends raw frames to whoever connects here and names a ticket."""
+    """The producer sends blocks to whoever connects here and names a ticket."""
 
     host: str
     port: int
@@ -47,6 +47,14 @@ class CudaIpcOffer:
 @dataclass(frozen=True)
 class HeartbeatPort:
     """Where the producer answers heartbeats. They alone keep a lease alive."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class KvPort:
+    """Where the producer tells of a ticket's blocks, whatever transport fetches them."""
 
     host: str
     port: int
@@ -94,6 +102,8 @@ class KvTicket:
     """None: the lease is not renewed."""
     fence: BlockFence | None = None
     """None: the blocks may not be read from the producer's memory."""
+    kv_port: KvPort | None = None
+    """None: a producer of an earlier version, which tells of its blocks in another way."""
     checksum_algorithm: ChecksumAlgorithm = "xxh3_64"
 
 

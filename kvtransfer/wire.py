@@ -1,18 +1,16 @@
-"""Tickets, layouts and frames as protobuf messages, and back."""
+"""Tickets and layouts as protobuf messages, and back."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from kvtransfer.checksum import block_checksum
 from kvtransfer.counters import ProducerCounters, PullCounters
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
 from kvtransfer.packets import MAX_TEXT_BYTES
-from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import (
     TRANSPORTS,
     BlockFence,
     CudaIpcOffer,
     HeartbeatPort,
+    KvPort,
     KvTicket,
     NcclOffer,
     ShmOffer,
@@ -81,7 +79,7 @@ def layout_from_proto(message: kv_pb2.KvLayout) -> KvLayout:
 
 
 def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
-    heartbeat, fence = ticket.heartbeat, ticket.fence
+    heartbeat, fence, port = ticket.heartbeat, ticket.fence, ticket.kv_port
     return kv_pb2.KvTicket(
         ticket_id=ticket.ticket_id,
         epoch=ticket.epoch,
@@ -97,6 +95,7 @@ def ticket_to_proto(ticket: KvTicket) -> kv_pb2.KvTicket:
         address=ticket.address,
         heartbeat=None if heartbeat is None else kv_pb2.HeartbeatPort(host=heartbeat.host, port=heartbeat.port),
         fence=None if fence is None else _fence_to_proto(fence),
+        kv_port=None if port is None else kv_pb2.KvPort(host=port.host, port=port.port),
     )
 
 
@@ -124,45 +123,8 @@ def ticket_from_proto(message: kv_pb2.KvTicket) -> KvTicket:
         address=message.address,
         heartbeat=HeartbeatPort(message.heartbeat.host, message.heartbeat.port) if message.HasField("heartbeat") else None,
         fence=_fence_from_proto(message.fence, len(message.block_ids)) if message.HasField("fence") else None,
+        kv_port=KvPort(message.kv_port.host, message.kv_port.port) if message.HasField("kv_port") else None,
     )
-
-
-def frame_to_proto(frame: Frame, ticket_id: str, block_bytes: int) -> kv_pb2.PullResponse:
-    match frame:
-        case BlocksFrame(epoch, first, checksums):
-            blocks = kv_pb2.BlocksReady(
-                epoch=epoch, first_block_index=first, checksums=checksums, ticket_id=ticket_id, block_bytes=block_bytes
-            )
-            return kv_pb2.PullResponse(blocks=blocks)
-        case EndFrame(epoch, token):
-            checksum = end_checksum(ticket_id, epoch, token)
-            return kv_pb2.PullResponse(
-                end=kv_pb2.PullEnd(epoch=epoch, first_token_id=token, ticket_id=ticket_id, checksum=checksum)
-            )
-        case _:
-            raise AssertionError("gRPC has its own sign of life")
-
-
-def frame_from_proto(message: kv_pb2.PullResponse, ticket: KvTicket) -> Frame | None:
-    """None for a kind of frame that this version does not know. Raises InterruptedPullError for one that is not the ticket's."""
-    match message.WhichOneof("frame"):
-        case "blocks":
-            blocks = message.blocks
-            if (blocks.ticket_id, blocks.block_bytes) != (ticket.ticket_id, ticket.layout.block_bytes):
-                raise InterruptedPullError("a frame of another ticket, or of blocks of another length")
-            return BlocksFrame(blocks.epoch, blocks.first_block_index, tuple(blocks.checksums))
-        case "end":
-            end = message.end
-            if end.ticket_id != ticket.ticket_id or end.checksum != end_checksum(end.ticket_id, end.epoch, end.first_token_id):
-                raise InterruptedPullError("the last frame is damaged, or another ticket's")
-            return EndFrame(end.epoch, end.first_token_id)
-        case _:
-            return None
-
-
-def end_checksum(ticket_id: str, epoch: int, first_token_id: int) -> int:
-    """No block's checksum covers what the last frame says."""
-    return block_checksum(ticket_id.encode() + epoch.to_bytes(4) + first_token_id.to_bytes(4))
 
 
 def _fence_to_proto(fence: BlockFence) -> kv_pb2.BlockFence:

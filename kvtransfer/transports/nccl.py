@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from kvtransfer.control import ControlClient
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.intake import Arrival, Pull, settled
+from kvtransfer.frames import NewsFrame
+from kvtransfer.intake import Arrival, Pull, follow, settled
 from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import KvTicket
 from kvtransfer.transports.nccl_link import Link, LinkError, new_unique_id
+from llm.kv.block_arrays import Sums
 from tandem.errors import TandemError
 
 if TYPE_CHECKING:  # it needs what only machines with a GPU have
@@ -52,23 +53,13 @@ class NcclClient:
     def lost(self) -> bool:
         return self._link is None or self._link.lost
 
-    async def fetch(self, frames: AsyncGenerator[Frame, None], pull: Pull) -> int:
-        """Asks for the blocks that `frames` tell of, from the first that is not verified on; returns the first token.
+    async def fetch(self, frames: AsyncGenerator[NewsFrame, None], pull: Pull) -> int:
+        """Asks for the blocks that `frames` tell of; returns and raises what `follow` does."""
 
-        Raises InterruptedPullError, DamagedBlockError, or what `frames` raises.
-        """
-        sequencer = pull.sequencer()
-        async with aclosing(frames):
-            async for frame in frames:
-                match frame:
-                    case BlocksFrame(_, first, checksums):
-                        pull.destination.state.filling()
-                        num_known = sequencer.accept(frame)
-                        await self._bring(pull, first + num_known, checksums[num_known:])
-                    case EndFrame(epoch, first_token_id):
-                        sequencer.end(epoch)
-                        return first_token_id
-        raise InterruptedPullError("the producer's stream ended without its last frame")
+        async def bring(_: NewsFrame, new: NewsFrame) -> None:
+            await self._bring(pull, new.first_block_index, new.num_blocks)
+
+        return await follow(frames, pull, bring)
 
     async def close(self) -> None:
         """No pull may run any more."""
@@ -77,21 +68,22 @@ class NcclClient:
         await self._membership.aclose()
         self._thread.shutdown(wait=False)
 
-    async def _bring(self, pull: Pull, first: int, checksums: Sequence[int]) -> None:
+    async def _bring(self, pull: Pull, first: int, num_blocks: int) -> None:
         """In runs that the link's memory holds. A run is received whole even if the pull is cancelled: the next is then in step."""
-        while checksums:
+        end = first + num_blocks
+        while first < end:
             async with self._turn:
                 link = self._link
                 if link is None or link.lost:
                     raise InterruptedPullError("the NCCL link is lost")
-                run = checksums[: link.max_blocks]
-                receiving = asyncio.create_task(self._receive(link, pull.ticket, first, len(run)))
+                size = min(link.max_blocks, end - first)
+                receiving = asyncio.create_task(self._receive(link, pull.ticket, first, size))
                 await settled([receiving])
                 receiving.result()
-                job = pull.crew.submit(first, run, self._arrival(link, pull, first))
+                job = pull.crew.submit(first, size, self._arrival(link, pull, first))
                 await settled([job])
             pull.crew.check()
-            first, checksums = first + len(run), checksums[len(run) :]
+            first += size
 
     async def _receive(self, link: Link, ticket: KvTicket, first: int, num_blocks: int) -> None:
         async with self._control.sending(self._link_id, ticket, first, num_blocks):
@@ -101,7 +93,7 @@ class NcclClient:
                 raise InterruptedPullError(str(error)) from error
 
     def _arrival(self, link: Link, pull: Pull, base: int) -> Arrival:
-        def arrive(first: int, last: int) -> list[int]:
+        def arrive(first: int, last: int) -> Sums:
             return self._blocks.scatter(link.row[first - base : last - base], pull.destination.block_ids[first:last])
 
         return arrive

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 
+from llm.kv.block_arrays import BlockIds, Sums
 from llm.ops.gpu.block_copy import copy_blocks
 from llm.ops.gpu.checksum import block_checksums, checksum_room
 
@@ -29,25 +31,27 @@ class Lane:
         self._pool = pool
         self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
+        self._ids_here = self._ids.numpy()
         self._device_ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, device=pool.device)
         # Taken once: in a GPU whose memory is given out, a new allocation in the middle of the work can hold all of it up.
         self._room = checksum_room(pool, MAX_BLOCKS)
         self._sums = torch.empty(MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
+        self._sums_here = self._sums.numpy().view(np.uint64)
 
     def warm_up(self) -> None:
         """Compiles the kernels."""
         with self._running():
-            ids = self._upload([0], [0])
+            ids = self._upload(np.zeros(1, np.int32), np.zeros(1, np.int32))
             copy_blocks(self._pool, torch.empty_like(self._pool[:1]), ids[0], ids[1])
             self._start_checksums(ids[1])
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+    def checksums(self, block_ids: BlockIds) -> Sums:
         """XXH3-64 of each block."""
         with self._running():
             self._start_checksums(self._upload(block_ids)[0])
         return self._checksums(len(block_ids))
 
-    def fetch(self, source: torch.Tensor, source_ids: Sequence[int], block_ids: Sequence[int]) -> list[int]:
+    def fetch(self, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
         """Copies blocks of `source`, a pool that this GPU can read, in one launch; the checksums of what then lies in ours."""
         with self._running():
             ids = self._upload(source_ids, block_ids)
@@ -55,26 +59,26 @@ class Lane:
             self._start_checksums(ids[1])
         return self._checksums(len(block_ids))
 
-    def store(self, staged: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+    def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of bytes from pinned host memory, one a block; the checksums of what then lies in ours."""
         with self._running():
-            for row, block in zip(staged, block_ids, strict=True):
+            for row, block in zip(staged, block_ids.tolist(), strict=True):
                 self._bytes_of(block).copy_(row, non_blocking=True)
             self._start_checksums(self._upload(block_ids)[0])
         return self._checksums(len(block_ids))
 
-    def load(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
+    def load(self, block_ids: BlockIds, staged: torch.Tensor) -> None:
         """Copies blocks to rows of bytes in pinned host memory."""
         with self._running():
-            for row, block in zip(staged, block_ids, strict=True):
+            for row, block in zip(staged, block_ids.tolist(), strict=True):
                 row.copy_(self._bytes_of(block), non_blocking=True)
 
-    def gather(self, block_ids: Sequence[int], row: torch.Tensor) -> None:
+    def gather(self, block_ids: BlockIds, row: torch.Tensor) -> None:
         """Copies blocks into others of the device, [len(block_ids), ...], in one launch."""
         with self._running():
             copy_blocks(self._pool, row, self._upload(block_ids)[0], None)
 
-    def scatter(self, row: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+    def scatter(self, row: torch.Tensor, block_ids: BlockIds) -> Sums:
         """The other way; the checksums of what then lies in our blocks."""
         with self._running():
             ids = self._upload(block_ids)[0]
@@ -92,19 +96,19 @@ class Lane:
                 if stream is not None:
                     stream.synchronize()
 
-    def _upload(self, *lists: Sequence[int]) -> torch.Tensor:
-        """The lists of ids on the device, a row each; valid until the next call."""
-        count = len(lists[0])
-        for row, ids in zip(self._ids, lists, strict=False):
-            row[:count] = torch.tensor(ids, dtype=torch.int32)
+    def _upload(self, *rows: BlockIds) -> torch.Tensor:
+        """The ids on the device, a row each; valid until the next call."""
+        count = len(rows[0])
+        for row, ids in enumerate(rows):
+            self._ids_here[row, :count] = ids
         self._device_ids.copy_(self._ids, non_blocking=True)
         return self._device_ids[:, :count]
 
     def _start_checksums(self, ids: torch.Tensor) -> None:
         self._sums[: ids.shape[0]].copy_(block_checksums(self._pool, ids, self._room), non_blocking=True)
 
-    def _checksums(self, count: int) -> list[int]:
-        return [value % (1 << 64) for value in self._sums[:count].tolist()]
+    def _checksums(self, count: int) -> Sums:
+        return self._sums_here[:count].copy()
 
     def _bytes_of(self, block_id: int) -> torch.Tensor:
         return self._pool[block_id].view(-1).view(torch.uint8)

@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from kvtransfer.frames import BlocksFrame
+from kvtransfer.connection import Connection
 from kvtransfer.producer import KvProducer
 from kvtransfer.puller import KvPuller
-from kvtransfer.transports.connection import Connection
 from tests.faults.failpoints import Failpoint, gate_of
 
 logger = logging.getLogger(__name__)
@@ -99,10 +98,10 @@ def _frames(*, after: bool) -> Callable[[Any], None]:
             frames = original(*arguments, **options)
             try:
                 async for frame in frames:
-                    if isinstance(frame, BlocksFrame) and not after:
+                    if frame.num_blocks and not after:
                         gate()
                     yield frame
-                    if isinstance(frame, BlocksFrame) and after:
+                    if frame.num_blocks and after:
                         gate()
             finally:
                 await frames.aclose()

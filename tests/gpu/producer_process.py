@@ -41,7 +41,7 @@ async def main() -> None:
         producer.progress(ticket.ticket_id, num_ready)
     producer.finish(ticket.ticket_id, FIRST_TOKEN)
     outbox = producer._outboxes[ticket.ticket_id]
-    while outbox._num_told < len(BLOCK_IDS):  # noqa: ASYNC110 - a block damaged before its checksum is taken is not damaged
+    while outbox.num_checksums < len(BLOCK_IDS):  # noqa: ASYNC110 - a block damaged before its checksum is taken is not damaged
         await asyncio.sleep(0.001)
     print(ticket_to_proto(ticket).SerializeToString().hex(), checksum(pool, BLOCK_IDS), sep="\n", flush=True)
     while await asyncio.to_thread(sys.stdin.readline):

@@ -1,11 +1,10 @@
 """Where the simulation reaches into the product's modules beyond clocks, threads and sockets."""
 
-from collections.abc import Sequence
-
 import kvtransfer.blocks
 import llm.steps
 import prefill_svc.engine
-from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.host_blocks import HostBlocks, Memory
+from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.pool import KvPool
 from tests.simulation import model, threads
 from tests.simulation.seams import Seams
@@ -16,15 +15,16 @@ class SlowBlocks(HostBlocks):
 
     def __init__(self, pool: KvPool) -> None:
         super().__init__(pool)
-        self.num_per_job = 2
+        self.least_per_job, self.num_per_job = 1, 2
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+    def checksums(self, block_ids: BlockIds) -> Sums:
         _pause()
         return super().checksums(block_ids)
 
-    def fetch(self, sources: Sequence[memoryview], block_ids: Sequence[int]) -> list[int]:
-        for source, block in zip(sources, block_ids, strict=True):
-            target, half = self.view(block), len(source) // 2
+    def fetch(self, memory: Memory, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
+        size = self._block_bytes
+        for source_id, block in zip(source_ids.tolist(), block_ids.tolist(), strict=True):
+            source, target, half = memory[source_id * size : (source_id + 1) * size].data, self.view(block), size // 2
             target[:half] = source[:half]
             _pause()
             target[half:] = source[half:]

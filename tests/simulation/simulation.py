@@ -23,7 +23,7 @@ from tests.simulation.world import MAX_DEADLINE_S, PORT, Records, World
 
 MAX_EVENTS = 150_000
 QUIESCE_S = 15.0
-KEPT_TASKS = {"TcpServer._serve", "ServerCall._run"}
+KEPT_TASKS = {"KvServer._serve", "ServerCall._run"}
 """Idle connections are kept for the next pull; how many, the transport bounds. Calls are looked at by themselves."""
 KEPT_CALLS = {"Watch", "Follow"}
 """The gateway's own streams, one to each worker at most."""

@@ -26,7 +26,7 @@ CHECKSUM_ALGORITHM_UNSPECIFIED: ChecksumAlgorithm
 CHECKSUM_ALGORITHM_XXH3_64: ChecksumAlgorithm
 
 class KvTicket(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address", "heartbeat", "fence")
+    __slots__ = ("ticket_id", "epoch", "producer_id", "model_digest", "tokenizer_digest", "layout", "num_tokens", "block_ids", "lease_ms", "checksum_algorithm", "offers", "address", "heartbeat", "fence", "kv_port")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class KvTicket(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
+    KV_PORT_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     epoch: int
     producer_id: str
@@ -55,7 +56,16 @@ class KvTicket(_message.Message):
     address: str
     heartbeat: HeartbeatPort
     fence: BlockFence
-    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ..., heartbeat: _Optional[_Union[HeartbeatPort, _Mapping]] = ..., fence: _Optional[_Union[BlockFence, _Mapping]] = ...) -> None: ...
+    kv_port: KvPort
+    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., producer_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., lease_ms: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., address: _Optional[str] = ..., heartbeat: _Optional[_Union[HeartbeatPort, _Mapping]] = ..., fence: _Optional[_Union[BlockFence, _Mapping]] = ..., kv_port: _Optional[_Union[KvPort, _Mapping]] = ...) -> None: ...
+
+class KvPort(_message.Message):
+    __slots__ = ("host", "port")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
 
 class BlockFence(_message.Message):
     __slots__ = ("pid", "fd", "inode", "boot_id", "table_bytes", "generations")
@@ -186,50 +196,6 @@ class SendBlocksRequest(_message.Message):
 class SendBlocksResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
-
-class PullRequest(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "first_block_index")
-    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
-    ticket_id: str
-    epoch: int
-    first_block_index: int
-    def __init__(self, ticket_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_block_index: _Optional[int] = ...) -> None: ...
-
-class PullResponse(_message.Message):
-    __slots__ = ("blocks", "end")
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    END_FIELD_NUMBER: _ClassVar[int]
-    blocks: BlocksReady
-    end: PullEnd
-    def __init__(self, blocks: _Optional[_Union[BlocksReady, _Mapping]] = ..., end: _Optional[_Union[PullEnd, _Mapping]] = ...) -> None: ...
-
-class BlocksReady(_message.Message):
-    __slots__ = ("epoch", "first_block_index", "checksums", "ticket_id", "block_bytes")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
-    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    first_block_index: int
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    ticket_id: str
-    block_bytes: int
-    def __init__(self, epoch: _Optional[int] = ..., first_block_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., ticket_id: _Optional[str] = ..., block_bytes: _Optional[int] = ...) -> None: ...
-
-class PullEnd(_message.Message):
-    __slots__ = ("epoch", "first_token_id", "ticket_id", "checksum")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
-    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    first_token_id: int
-    ticket_id: str
-    checksum: int
-    def __init__(self, epoch: _Optional[int] = ..., first_token_id: _Optional[int] = ..., ticket_id: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("ticket_id", "epoch")

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KvTransferServiceStub:
-    """KvTransferService is called by decode workers; every prefill worker serves it.
+    """KvTransferService is called by decode workers; every prefill worker serves it. What becomes ready of a ticket is told, and the
+    lease's life is kept, over connections of their own (KvPort, HeartbeatPort), whose messages are not protobuf.
     """
 
     def __init__(self, channel):
@@ -35,11 +36,6 @@ class KvTransferServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Pull = channel.unary_stream(
-                '/tandem.worker.v1.KvTransferService/Pull',
-                request_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
-                response_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.PullResponse.FromString,
-                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/tandem.worker.v1.KvTransferService/Release',
                 request_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
@@ -58,22 +54,9 @@ class KvTransferServiceStub:
 
 
 class KvTransferServiceServicer:
-    """KvTransferService is called by decode workers; every prefill worker serves it.
+    """KvTransferService is called by decode workers; every prefill worker serves it. What becomes ready of a ticket is told, and the
+    lease's life is kept, over connections of their own (KvPort, HeartbeatPort), whose messages are not protobuf.
     """
-
-    def Pull(self, request, context):
-        """Pull streams what becomes ready under a ticket: blocks, in order and without gap, then the end.
-
-        With shm and cuda_ipc the frames say which blocks may be read from the mapped pool. The call renews the lease once, heartbeats
-        renew it after that. May be repeated, from any block, until the ticket is released. No side effect beyond the lease.
-        TRANSFER_INTERRUPTED: the caller sent heartbeats and has fallen silent.
-
-        NOT_FOUND: the ticket is unknown, expired, aborted or of another epoch; prefill again.
-        ABORTED is never sent: a prefill that fails ends the stream with the prefill's own status.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
         """Release ends a ticket's lease: its blocks may be reused. Idempotent: releasing an unknown ticket is OK.
@@ -96,8 +79,9 @@ class KvTransferServiceServicer:
     def SendBlocks(self, request, context):
         """SendBlocks sends a run of a ticket's blocks over a link, in order, as one message. The caller asks for one run at a time.
 
-        The one response comes when the run is about to be sent: only then may the caller receive. Errors before it are those of Pull, or
-        INVALID_ARGUMENT for blocks that were not told yet, and leave the link as it was; an error after it means that the link is lost.
+        The one response comes when the run is about to be sent: only then may the caller receive. Errors before it are NOT_FOUND for a
+        ticket that is unknown, over or of another epoch, or INVALID_ARGUMENT for blocks that are not ready, and leave the link as it was;
+        an error after it means that the link is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,11 +90,6 @@ class KvTransferServiceServicer:
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Pull': grpc.unary_stream_rpc_method_handler(
-                    servicer.Pull,
-                    request_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.PullRequest.FromString,
-                    response_serializer=tandem_dot_worker_dot_v1_dot_kv__pb2.PullResponse.SerializeToString,
-            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=tandem_dot_worker_dot_v1_dot_kv__pb2.ReleaseRequest.FromString,
@@ -135,35 +114,9 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvTransferService:
-    """KvTransferService is called by decode workers; every prefill worker serves it.
+    """KvTransferService is called by decode workers; every prefill worker serves it. What becomes ready of a ticket is told, and the
+    lease's life is kept, over connections of their own (KvPort, HeartbeatPort), whose messages are not protobuf.
     """
-
-    @staticmethod
-    def Pull(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/tandem.worker.v1.KvTransferService/Pull',
-            tandem_dot_worker_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
-            tandem_dot_worker_dot_v1_dot_kv__pb2.PullResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Release(request,

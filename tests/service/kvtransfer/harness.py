@@ -63,7 +63,7 @@ class Transfer:
     async def sealed(self, block_ids: Sequence[int] = tuple(range(8))) -> KvTicket:
         """A finished ticket whose checksums are all known, so that one frame tells all blocks."""
         ticket = self.complete(block_ids)
-        await self.until(lambda: self.producer._outboxes[ticket.ticket_id].num_told == len(ticket.block_ids))
+        await self.until(lambda: self.producer._outboxes[ticket.ticket_id].num_checksums == len(ticket.block_ids))
         return ticket
 
     def arrived(self, ticket: KvTicket, block_ids: Sequence[int]) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.ticket import CudaIpcOffer, KvTicket
+from llm.kv.block_arrays import Sums
 from llm.kv.device_memory import DeviceMemoryError
 from llm.kv.host_identity import process_start_ticks
 from llm.kv.layout import KvLayout
@@ -105,7 +106,7 @@ async def test_a_damaged_block_is_refused(cuda: FakeCuda, transport: str) -> Non
     async with on_gpus(transport) as at:
         ticket = at.grant()
         at.producer.progress(ticket.ticket_id, 8)
-        await at.until(lambda: at.producer._outboxes[ticket.ticket_id]._num_told == 8)
+        await at.until(lambda: at.producer._outboxes[ticket.ticket_id].num_checksums == 8)
         at.flip(5)
         at.producer.finish(ticket.ticket_id, FIRST_TOKEN)
         with pytest.raises(TandemError) as caught:
@@ -119,7 +120,7 @@ async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transpor
     entered, leave = threading.Event(), threading.Event()
     whole = device_lane.Lane._checksums
 
-    def held(lane: object, count: int) -> list[int]:
+    def held(lane: object, count: int) -> Sums:
         if threading.current_thread().name.startswith("kv-pull"):
             entered.set()
             assert leave.wait(30)

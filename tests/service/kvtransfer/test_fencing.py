@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer import host_blocks
+from kvtransfer.connection import Connection
+from kvtransfer.host_blocks import Memory
+from kvtransfer.kv_messages import PullMessage, encode
 from kvtransfer.ticket import TcpOffer
-from kvtransfer.transports.connection import Connection
-from kvtransfer.transports.tcp_frames import PullMessage, encode
 from llm.kv.allocator import BlockAllocator
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
@@ -27,7 +28,7 @@ def frozen_copies(monkeypatch: pytest.MonkeyPatch, *, after: bool) -> Iterator[t
     """Holds a reader's thread before or after its copy, as SIGSTOP would: `entered`, and `leave` for the test to set."""
     whole, entered, leave = host_blocks._copy, threading.Event(), threading.Event()
 
-    def copy(source: memoryview, target: memoryview) -> None:
+    def copy(source: Memory, target: memoryview) -> None:
         if after:
             whole(source, target)
         entered.set()
@@ -118,7 +119,7 @@ async def test_a_sender_stops_with_its_ticket(monkeypatch: pytest.MonkeyPatch) -
             sock.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(sock, (offer.host, offer.port))
-            await loop.sock_sendall(sock, encode(PullMessage(ticket.ticket_id, ticket.epoch, 0)))
+            await loop.sock_sendall(sock, encode(PullMessage(ticket.ticket_id, ticket.epoch, 0, 1)))
             await at.until(lambda: bool(waits))
             at.wait(LEASE_S)
             assert at.freed == [ticket.block_ids]

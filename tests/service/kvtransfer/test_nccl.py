@@ -127,7 +127,7 @@ async def test_a_damaged_block_is_refused(nccl: FakeNccl) -> None:
     async with between_gpus("nccl") as at:
         ticket = at.grant()
         at.producer.progress(ticket.ticket_id, 8)
-        await at.until(lambda: at.producer._outboxes[ticket.ticket_id].num_told == 8)
+        await at.until(lambda: at.producer._outboxes[ticket.ticket_id].num_checksums == 8)
         at.flip(5)
         at.producer.finish(ticket.ticket_id, FIRST_TOKEN)
         with pytest.raises(TandemError) as caught:

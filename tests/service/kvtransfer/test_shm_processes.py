@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.mapped_file import UnmappableError, is_gone
+from kvtransfer.mapping import Mapping
 from kvtransfer.ticket import ShmOffer
-from kvtransfer.transports.shm import Mapping
 from tests.service.kvtransfer.harness import LAYOUT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pools are shared on Linux only")
@@ -40,15 +40,16 @@ def test_a_killed_producer_leaves_nothing_once_it_is_unmapped(producer: tuple[su
     process, offer = producer
     files_before = sorted(Path("/dev/shm").iterdir())
     mapping = Mapping(offer.file)
-    assert mapping.block(1, LAYOUT.block_bytes) == bytes([7]) * LAYOUT.block_bytes
-    assert not any(mapping.block(2, LAYOUT.block_bytes))
-    with pytest.raises(TypeError):
-        mapping.block(1, LAYOUT.block_bytes)[0] = 1
+    blocks = mapping.bytes.reshape(3, LAYOUT.block_bytes)
+    assert (blocks[1] == 7).all() and not blocks[2].any()
+    with pytest.raises(ValueError, match="read-only"):
+        blocks[1, 0] = 1
     assert not is_gone(offer.file)
     process.kill()
     process.wait()
     assert is_gone(offer.file)
-    assert mapping.block(1, LAYOUT.block_bytes)[0] == 7
+    assert blocks[1, 0] == 7
+    del blocks
     mapping.close()
     assert "tandem-kv" not in Path("/proc/self/maps").read_text()
     assert sorted(Path("/dev/shm").iterdir()) == files_before

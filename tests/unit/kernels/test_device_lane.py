@@ -1,8 +1,11 @@
 """Copies and checksums of a pool's blocks through a lane, with the real kernels."""
 
+import numpy as np
 import pytest
 import torch
 import xxhash
+
+from llm.kv.block_arrays import BlockIds
 
 device_lane = pytest.importorskip("llm.kv.device_lane")
 
@@ -10,6 +13,10 @@ device_lane = pytest.importorskip("llm.kv.device_lane")
 @pytest.fixture
 def pool(device: torch.device) -> torch.Tensor:
     return torch.randn(6, 2, 2, 2, 16, 32, device=device)
+
+
+def ids(*block_ids: int) -> BlockIds:
+    return np.array(block_ids, np.int32)
 
 
 def expected(blocks: torch.Tensor) -> list[int]:
@@ -21,7 +28,7 @@ def test_fetch_copies_and_tells_what_lies_there(pool: torch.Tensor) -> None:
     lane = device_lane.Lane(pool)
     lane.warm_up()
     assert torch.equal(pool, before)
-    assert lane.fetch(source, [5, 0, 2], [1, 4, 0]) == expected(source[[5, 0, 2]])
+    assert lane.fetch(source, ids(5, 0, 2), ids(1, 4, 0)).tolist() == expected(source[[5, 0, 2]])
     assert torch.equal(pool[[1, 4, 0]], source[[5, 0, 2]])
     assert torch.equal(pool[[2, 3, 5]], before[[2, 3, 5]])
 
@@ -29,13 +36,13 @@ def test_fetch_copies_and_tells_what_lies_there(pool: torch.Tensor) -> None:
 def test_blocks_go_through_the_host_and_back(pool: torch.Tensor) -> None:
     lane, before = device_lane.Lane(pool), pool.clone()
     staged = torch.empty(2, pool[0].numel() * 4, dtype=torch.uint8)
-    lane.load([3, 1], staged)
+    lane.load(ids(3, 1), staged)
     assert expected(staged) == expected(before[[3, 1]])
-    assert lane.store(staged, [0, 5]) == lane.checksums([3, 1])
+    assert lane.store(staged, ids(0, 5)).tolist() == lane.checksums(ids(3, 1)).tolist()
     assert torch.equal(pool[[0, 5]], before[[3, 1]])
 
 
 def test_ids_of_a_call_do_not_reach_into_the_next(pool: torch.Tensor) -> None:
     lane = device_lane.Lane(pool)
-    assert lane.checksums([0, 1, 2, 3]) == expected(pool[:4])
-    assert lane.checksums([5]) == expected(pool[5:])
+    assert lane.checksums(ids(0, 1, 2, 3)).tolist() == expected(pool[:4])
+    assert lane.checksums(ids(5)).tolist() == expected(pool[5:])

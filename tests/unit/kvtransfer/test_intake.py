@@ -2,24 +2,30 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+from kvtransfer.blocks import shares
 from kvtransfer.checksum import block_checksum
-from kvtransfer.frames import BlocksFrame
-from kvtransfer.intake import Crew, Destination, Sequencer
+from kvtransfer.frames import NewsFrame
+from kvtransfer.intake import Crew, Destination, Pull, Sequencer, follow
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
+from kvtransfer.ticket import KvTicket
+from llm.kv.block_arrays import BlockIds, Sums
+from llm.kv.layout import KvLayout
 
 SOURCES = [memoryview(bytes([index]) * 64) for index in range(4)]
 CHECKSUMS = [block_checksum(source) for source in SOURCES]
+TICKET = KvTicket("t", 1, "p", "m", "k", KvLayout(1, 1, 1, 1, "float32"), 4, (0, 1, 2, 3), 5000, (), "nowhere:1")
 
 
 class Blocks:
     """Four blocks that are taken in one at a time."""
 
-    num_per_job, num_per_turn = 4, 1
+    least_per_job, num_per_job, num_per_turn = 1, 3, 1
 
     def __init__(self) -> None:
         self.content = [bytearray(64) for _ in SOURCES]
@@ -27,13 +33,13 @@ class Blocks:
     def warm_up(self, threads: Executor, num_threads: int) -> None:
         pass
 
-    def checksums(self, block_ids: Sequence[int]) -> list[int]:
-        return [block_checksum(bytes(self.content[block])) for block in block_ids]
+    def checksums(self, block_ids: BlockIds) -> Sums:
+        return np.array([block_checksum(bytes(self.content[block])) for block in block_ids], np.uint64)
 
-    def fetch(self, first: int, last: int) -> list[int]:
+    def fetch(self, first: int, last: int) -> Sums:
         for index in range(first, last):
             self.content[index][:] = SOURCES[index]
-        return self.checksums(range(first, last))
+        return self.checksums(np.arange(first, last, dtype=np.int32))
 
 
 @pytest.fixture
@@ -52,57 +58,139 @@ def blocks() -> Blocks:
     return Blocks()
 
 
+@pytest.mark.parametrize(
+    ("last", "num_threads", "expected"),
+    [
+        (3, 2, []),
+        (4, 2, [(3, 1)]),
+        (7, 2, [(3, 2), (5, 2)]),
+        (10, 2, [(3, 3), (6, 3), (9, 1)]),
+        (7, 9, [(3, 1), (4, 1), (5, 1), (6, 1)]),
+    ],
+)
+def test_runs_are_shared_among_threads(last: int, num_threads: int, expected: list[tuple[int, int]], blocks: Blocks) -> None:
+    assert list(shares(3, last, num_threads, blocks)) == expected
+
+
+def news(first: int, num_blocks: int, first_checksum: int, *checksums: int, token: int | None = None, epoch: int = 1) -> NewsFrame:
+    return NewsFrame(epoch, first, num_blocks, first_checksum, checksums, token)
+
+
 def test_frames_in_order_are_new() -> None:
     sequencer = Sequencer(1, 0, 4)
-    assert [sequencer.accept(BlocksFrame(1, first, (0, 0))) for first in (0, 2)] == [0, 0]
-    sequencer.end(1)
+    for frame in (news(0, 2, 0, 7), news(2, 0, 1), news(2, 2, 1, 8, 9), news(4, 0, 3, 10)):
+        assert sequencer.accept(frame) == frame and not sequencer.complete
+    sequencer.accept(news(4, 0, 4, token=5))
+    assert sequencer.complete and sequencer.first_token_id == 5
 
 
-def test_a_repeated_frame_is_known() -> None:
+def test_what_a_frame_repeats_is_left_out() -> None:
     sequencer = Sequencer(1, 0, 4)
-    sequencer.accept(BlocksFrame(1, 0, (0, 0)))
-    assert sequencer.accept(BlocksFrame(1, 0, (0, 0))) == 2
-    assert sequencer.accept(BlocksFrame(1, 1, (0, 0, 0))) == 1
-    assert sequencer.next_index == 4
+    sequencer.accept(news(0, 2, 0, 7))
+    assert sequencer.accept(news(0, 2, 0, 7)) == news(2, 0, 1)
+    assert sequencer.accept(news(1, 3, 0, 7, 8, 9)) == news(2, 2, 1, 8, 9)
+    assert (sequencer.next_block, sequencer.next_checksum) == (4, 3)
 
 
-@pytest.mark.parametrize("frame", [BlocksFrame(1, 1, (0,)), BlocksFrame(1, 0, (0,) * 5), BlocksFrame(2, 0, (0,))])
-def test_gaps_excess_and_other_epochs_end_the_stream(frame: BlocksFrame) -> None:
+@pytest.mark.parametrize(
+    "frame",
+    [
+        news(1, 1, 0),  # a gap
+        news(0, 5, 0),  # beyond the ticket
+        news(0, 1, 0, epoch=2),
+        news(0, 2, 1, 7),  # a gap between checksums
+        news(0, 1, 0, 7, 8),  # a checksum before its block
+    ],
+)
+def test_gaps_excess_and_other_epochs_end_the_stream(frame: NewsFrame) -> None:
     with pytest.raises(InterruptedPullError):
         Sequencer(1, 0, 4).accept(frame)
 
 
-def test_an_early_or_foreign_end_is_no_end() -> None:
-    for sequencer, epoch in ((Sequencer(1, 3, 4), 1), (Sequencer(1, 4, 4), 2)):
-        with pytest.raises(InterruptedPullError):
-            sequencer.end(epoch)
+def test_a_first_token_does_not_change() -> None:
+    sequencer = Sequencer(1, 0, 4)
+    for _ in range(2):
+        sequencer.accept(news(0, 0, 0, token=5))
+    with pytest.raises(InterruptedPullError):
+        sequencer.accept(news(0, 0, 0, token=6))
+
+
+@pytest.mark.parametrize(
+    "missing", [news(0, 3, 0, *CHECKSUMS[:3], token=5), news(0, 4, 0, *CHECKSUMS[:3], token=5), news(0, 4, 0, *CHECKSUMS)]
+)
+def test_nothing_may_be_missing_at_the_end(missing: NewsFrame) -> None:
+    sequencer = Sequencer(1, 0, 4)
+    sequencer.accept(missing)
+    assert not sequencer.complete
 
 
 async def test_blocks_are_copied_and_verified(destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks) -> None:
-    async with Crew(destination, threads, blocks) as crew:
-        crew.start(0, CHECKSUMS[:3], blocks.fetch)
-        crew.start(3, CHECKSUMS[3:], blocks.fetch)
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.start(0, 3, blocks.fetch)
+        destination.told(0, CHECKSUMS[:2])
+        crew.start(3, 1, blocks.fetch)
         await crew.join()
+        assert destination.state.num_verified == 2, "without its checksum no block counts"
+        destination.told(2, CHECKSUMS[2:])
     assert destination.state.num_verified == 4
     assert [bytes(content) for content in blocks.content] == [bytes(source) for source in SOURCES]
 
 
-async def test_a_damaged_block_is_named_and_not_counted(
+async def test_checksums_may_come_before_their_blocks(
     destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks
 ) -> None:
+    destination.told(0, CHECKSUMS)
+    assert destination.state.num_verified == 0
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.start(0, 4, blocks.fetch)
+        await crew.join()
+    assert destination.state.num_verified == 4
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_damaged_block_is_named_and_not_counted(
+    late: bool, destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks
+) -> None:
+    wrong = [*CHECKSUMS[:2], 1, CHECKSUMS[3]]
     with pytest.raises(DamagedBlockError) as caught:
-        async with Crew(destination, threads, blocks) as crew:
-            crew.start(0, [*CHECKSUMS[:2], 1, CHECKSUMS[3]], blocks.fetch)
+        async with Crew(destination, threads, blocks, 1) as crew:
+            if not late:
+                destination.told(0, wrong)
+            crew.start(0, 4, blocks.fetch)
             await crew.join()
+            destination.told(0, wrong)
     assert (caught.value.index, destination.state.num_verified) == (2, 2)
 
 
 def test_what_came_after_a_damaged_block_is_fetched_and_verified_again(destination: Destination) -> None:
+    destination.told(0, CHECKSUMS)
     for index in (0, 2):
-        destination.verify(index, CHECKSUMS[index : index + 1], CHECKSUMS[index : index + 1])
-    destination.state.begin_attempt()
-    destination.verify(1, CHECKSUMS[1:2], CHECKSUMS[1:2])
+        destination.arrived(index, np.array(CHECKSUMS[index : index + 1], np.uint64))
+    destination.begin_attempt()
+    destination.told(1, CHECKSUMS[1:])
+    destination.arrived(1, np.array(CHECKSUMS[1:2], np.uint64))
     assert destination.state.num_verified == 2
+
+
+async def test_a_pull_has_heard_everything_before_it_ends(
+    destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks
+) -> None:
+    told = [news(0, 4, 0, *CHECKSUMS[:1], token=5), news(4, 0, 1), news(4, 0, 1, *CHECKSUMS[1:])]
+
+    async def frames() -> AsyncGenerator[NewsFrame, None]:
+        while told:
+            yield told.pop(0)
+
+    async def bring(_: NewsFrame, new: NewsFrame) -> None:
+        crew.start(new.first_block_index, new.num_blocks, blocks.fetch)
+
+    async with Crew(destination, threads, blocks, 2) as crew:
+        pull = Pull(TICKET, np.arange(4, dtype=np.int32), destination, crew)
+        assert await follow(frames(), pull, bring) == 5 and not told
+        await crew.join()
+        destination.begin_attempt()
+        with pytest.raises(InterruptedPullError, match="early"):
+            await follow(frames(), pull, bring)
 
 
 async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
@@ -111,7 +199,7 @@ async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
     entered, leave, left = asyncio.Event(), threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    def arrive(first: int, last: int) -> list[int]:
+    def arrive(first: int, last: int) -> Sums:
         loop.call_soon_threadsafe(entered.set)
         assert leave.wait(30)
         found = blocks.fetch(first, last)
@@ -119,8 +207,8 @@ async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
         return found
 
     async def pull() -> None:
-        async with Crew(destination, threads, blocks) as crew:
-            crew.start(0, CHECKSUMS, arrive)
+        async with Crew(destination, threads, blocks, 1) as crew:
+            crew.submit(0, 4, arrive)
             await crew.join()
 
     task = asyncio.create_task(pull())

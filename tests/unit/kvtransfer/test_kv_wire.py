@@ -1,13 +1,11 @@
-"""Tickets and frames survive the way over protobuf; what is not legal is refused by name."""
+"""Tickets survive the way over protobuf; what is not legal is refused by name."""
 
 from dataclasses import replace
 
 import pytest
 
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame
-from kvtransfer.pull_state import InterruptedPullError
-from kvtransfer.ticket import BlockFence, HeartbeatPort, KvTicket, ShmOffer, TcpOffer, check_names
-from kvtransfer.wire import frame_from_proto, frame_to_proto, ticket_from_proto, ticket_to_proto
+from kvtransfer.ticket import BlockFence, HeartbeatPort, KvPort, KvTicket, ShmOffer, TcpOffer, check_names
+from kvtransfer.wire import ticket_from_proto, ticket_to_proto
 from llm.kv.layout import KvLayout
 from llm.kv.memory_file import MemoryFile
 from tandem.errors import Reason, TandemError
@@ -27,8 +25,8 @@ TICKET = KvTicket(
     address="host:1",
     heartbeat=HeartbeatPort("host", 65535),
     fence=BlockFence(MemoryFile(12, 4, 2**63, "boot", 2**40), (0, 1, 2**64 - 1)),
+    kv_port=KvPort("host", 65535),
 )
-SIZE = TICKET.layout.block_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -38,38 +36,13 @@ def test_tickets(dtype: str) -> None:
     assert ticket_from_proto(message) == ticket
 
 
-@pytest.mark.parametrize("frame", [BlocksFrame(3, 5, (0, 2**64 - 1)), EndFrame(3, 49151)])
-def test_frames(frame: Frame) -> None:
-    message = kv_pb2.PullResponse.FromString(frame_to_proto(frame, TICKET.ticket_id, SIZE).SerializeToString())
-    assert frame_from_proto(message, TICKET) == frame
-
-
-@pytest.mark.parametrize("frame", [BlocksFrame(3, 5, (0, 2**64 - 1)), EndFrame(3, 49151)])
-def test_a_frame_of_another_ticket_is_no_frame(frame: Frame) -> None:
-    for ticket_id, size in (("b" * 32, SIZE), ("", SIZE), (TICKET.ticket_id, SIZE - 1)):
-        if isinstance(frame, BlocksFrame) or size == SIZE:
-            with pytest.raises(InterruptedPullError):
-                frame_from_proto(frame_to_proto(frame, ticket_id, size), TICKET)
-
-
-def test_no_flipped_bit_in_the_last_frame_goes_unnoticed() -> None:
-    whole = frame_to_proto(EndFrame(3, 49151), TICKET.ticket_id, SIZE)
-    for name, bits in (("epoch", 32), ("first_token_id", 32), ("checksum", 64)):
-        for bit in range(bits):
-            damaged = kv_pb2.PullResponse.FromString(whole.SerializeToString())
-            setattr(damaged.end, name, getattr(damaged.end, name) ^ (1 << bit))
-            with pytest.raises(InterruptedPullError):
-                frame_from_proto(damaged, TICKET)
-
-
 def test_what_a_later_version_adds_is_skipped() -> None:
     message = ticket_to_proto(TICKET)
     message.offers.add()
-    for name in ("heartbeat", "fence"):
+    for name in ("heartbeat", "fence", "kv_port"):
         message.ClearField(name)
         assert getattr(ticket_from_proto(message), name) is None
     assert ticket_from_proto(message).offers == TICKET.offers
-    assert frame_from_proto(kv_pb2.PullResponse(), TICKET) is None
 
 
 @pytest.mark.parametrize("name", ["ticket_id", "producer_id", "address", "num_tokens"])

@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from kvtransfer import staging
 from kvtransfer.staging import DeviceStage
+from llm.kv.block_arrays import BlockIds, Sums
 
 BLOCK = 16
 
@@ -28,15 +30,15 @@ class Blocks:
     def pinned(self, num_blocks: int) -> torch.Tensor:
         return torch.zeros(num_blocks, BLOCK, dtype=torch.uint8)
 
-    def load(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
+    def load(self, block_ids: BlockIds, staged: torch.Tensor) -> None:
         assert self.gate.wait(30)
         self.num_loaded += len(block_ids)
         for row, block in zip(staged, block_ids, strict=True):
             row.fill_(block)
 
-    def store(self, staged: torch.Tensor, block_ids: Sequence[int]) -> list[int]:
+    def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         self.stored += [(block, row.numpy().tobytes()) for row, block in zip(staged, block_ids, strict=True)]
-        return [0] * len(block_ids)
+        return np.zeros(len(block_ids), np.uint64)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DeviceStage]:
 
 
 async def read_all(stage: DeviceStage, block_ids: Sequence[int]) -> list[int]:
-    return [view[0] async for run in stage.lend(block_ids) for view in run]
+    return [view[0] async for run in stage.lend(np.array(block_ids, np.int32)) for view in run]
 
 
 def blocks(stage: DeviceStage) -> Blocks:
@@ -75,7 +77,7 @@ async def test_many_readers_share_few_slots(stage: DeviceStage) -> None:
 
 
 async def test_the_next_run_is_loaded_while_one_is_in_use(stage: DeviceStage) -> None:
-    lent = stage.lend([0, 1, 2, 3, 4, 5])
+    lent = stage.lend(np.arange(6, dtype=np.int32))
     await anext(lent)
     async with asyncio.timeout(30):
         while blocks(stage).num_loaded < 4:  # noqa: ASYNC110 - a thread counts
@@ -86,7 +88,7 @@ async def test_the_next_run_is_loaded_while_one_is_in_use(stage: DeviceStage) ->
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 async def test_a_reader_that_leaves_gives_all_back(stage: DeviceStage, after: int) -> None:
-    lent = stage.lend([0, 1, 2, 3, 4, 5])
+    lent = stage.lend(np.arange(6, dtype=np.int32))
     for _ in range(after):
         await anext(lent)
     blocks(stage).gate.clear()
@@ -100,10 +102,10 @@ async def test_a_reader_that_leaves_gives_all_back(stage: DeviceStage, after: in
 
 
 async def test_what_was_received_is_brought_to_its_block(stage: DeviceStage) -> None:
-    room = await stage.room([9, 8])
+    room = await stage.room(np.array([9, 8], np.int32))
     for number, view in enumerate(room.views):
         view[:] = bytes([number + 1]) * BLOCK
-    assert room.bring(0, 2) == [0, 0]
+    assert room.bring(0, 2).tolist() == [0, 0]
     assert blocks(stage).stored == [(9, bytes([1]) * BLOCK), (8, bytes([2]) * BLOCK)]
     room.release()
     assert await all_slots_are_free(stage)

@@ -1,10 +1,10 @@
-"""One TCP connection: frames, and blocks received into the memory where they belong."""
+"""One KV connection: messages, and blocks received into the memory where they belong."""
 
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.tcp_frames import PREFIX, Message, decode, encode, header_bytes
+from kvtransfer.kv_messages import PREFIX, Message, decode, encode, header_bytes
 
 _FAIR_BYTES = 1 << 20
 """After so much without a pause, others get a turn on the event loop."""

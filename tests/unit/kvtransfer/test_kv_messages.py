@@ -1,4 +1,4 @@
-"""The tcp transport's control frames: what is sent arrives, and nothing else is taken for a frame."""
+"""Messages of KV connections: what is sent arrives, and nothing else is taken for a frame."""
 
 import contextlib
 import io
@@ -12,33 +12,31 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.checksum import block_checksum
-from kvtransfer.frames import BlocksFrame
+from kvtransfer.frames import NewsFrame
 from kvtransfer.intake import Sequencer
-from kvtransfer.pull_state import InterruptedPullError
-from kvtransfer.transports.tcp_frames import (
+from kvtransfer.kv_messages import (
     MAX_HEADER_BYTES,
     PREFIX,
-    BlocksMessage,
-    EndMessage,
     ErrorMessage,
     FrameError,
     Message,
+    NewsMessage,
     PullMessage,
-    WaitMessage,
     decode,
     encode,
     header_bytes,
     prefix,
 )
+from kvtransfer.pull_state import InterruptedPullError
 
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 messages = st.one_of(
-    st.builds(PullMessage, texts, u32, u32),
-    st.builds(BlocksMessage, texts, u32, u32, u32, st.lists(u64, min_size=1, max_size=256).map(tuple)),
-    st.builds(EndMessage, texts, u32, u32),
-    st.builds(WaitMessage, texts, u32),
+    st.builds(PullMessage, texts, u32, u32, u32),
+    st.builds(
+        NewsMessage, texts, u32, u32, u32, u32, u32, st.lists(u64, max_size=256).map(tuple), st.lists(u64, max_size=1).map(tuple)
+    ),
     st.builds(ErrorMessage, texts, u32, texts, texts, st.lists(texts, max_size=8).map(tuple)),
 )
 
@@ -74,37 +72,42 @@ BLOCK_BYTES = 500
 
 
 def stream(rng: random.Random, ticket_id: str, epoch: int) -> list[bytes]:
-    """A pull's answer in parts, as they travel one after the other: for each of three blocks its header and bytes, then the end."""
-    parts = []
+    """A pull's answer in parts, as they travel one after the other: of three blocks the header and the bytes, each with the
+    checksum of the block before; then the last checksum and the first token."""
+    parts, sums = [], list[int]()
     for index in range(3):
         block = rng.randbytes(BLOCK_BYTES)
-        parts += [encode(BlocksMessage(ticket_id, epoch, index, BLOCK_BYTES, (block_checksum(block),))), block]
-    return [*parts, encode(EndMessage(ticket_id, epoch, 7))]
+        parts += [encode(NewsMessage(ticket_id, epoch, index, 1, BLOCK_BYTES, max(0, index - 1), tuple(sums[-1:]), ())), block]
+        sums.append(block_checksum(block))
+    return [*parts, encode(NewsMessage(ticket_id, epoch, 3, 0, BLOCK_BYTES, 2, tuple(sums[-1:]), (7,)))]
 
 
 def admitted(received: bytes, ticket_id: str, epoch: int) -> tuple[list[bytes], int] | None:
     """What a consumer of that ticket takes in: its blocks and the first token; None if it refuses the stream."""
-    sequencer, blocks = Sequencer(epoch, 0, 3), list[bytes]()
+    sequencer, blocks, sums = Sequencer(epoch, 0, 3), list[bytes](), list[int]()
     reader = io.BytesIO(received)
     try:
-        while True:
+        while not sequencer.complete:
             start = reader.read(PREFIX.size)
             if len(start) < PREFIX.size:
                 return None
             message = decode(start, reader.read(header_bytes(start)))
-            if (message.ticket_id, message.epoch) != (ticket_id, epoch):
+            if not isinstance(message, NewsMessage) or (message.ticket_id, message.epoch) != (ticket_id, epoch):
                 return None
-            if isinstance(message, EndMessage):
-                sequencer.end(message.epoch)
-                return blocks, message.first_token_id
-            assert isinstance(message, BlocksMessage)
-            num_known = sequencer.accept(BlocksFrame(message.epoch, message.first_block_index, message.checksums))
-            block = reader.read(message.block_bytes)
-            if message.block_bytes != BLOCK_BYTES or block_checksum(block) != message.checksums[0]:
+            token = message.first_token_id[0] if message.first_token_id else None
+            frame = NewsFrame(
+                epoch, message.first_block_index, message.num_blocks, message.first_checksum_index, message.checksums, token
+            )
+            new = sequencer.accept(frame)
+            received_blocks = [reader.read(message.block_bytes) for _ in range(message.num_blocks)]
+            blocks += received_blocks[frame.num_blocks - new.num_blocks :]
+            sums += new.checksums
+            if message.block_bytes != BLOCK_BYTES:
                 return None
-            blocks += [block] * (1 - num_known)
     except (FrameError, InterruptedPullError):
         return None
+    right = [block_checksum(block) for block in blocks] == sums
+    return (blocks, sequencer.first_token_id or 0) if right else None
 
 
 def corrupt(rng: random.Random, parts: list[bytes], older: list[bytes], foreign: list[bytes]) -> bytes:
@@ -169,31 +172,34 @@ illegal: list[Any] = [
     None,
     {},
     [],
-    [1],
-    [2, 0, "t", 1, 0],
-    [1, 5, "t"],
-    [1, -1, "t"],
-    [1, True, "t", 1, 0],
-    [True, 0, "t", 1, 0],
-    [1, 0, "t", 1],
+    [2],
     [1, 0, "t", 1, 0, 0],
-    [1, 0, "t", True, 0],
-    [1, 0, "t", 1.0, 0],
-    [1, 0, "t", -1, 0],
-    [1, 0, "t", 2**32, 0],
-    [1, 0, b"t", 1, 0],
-    [1, 0, None, 1, 0],
-    [1, 0, "t" * 513, 1, 0],
-    [1, 1, "t", 1, 0, 8, []],
-    [1, 1, "t", 1, 0, 8, [1] * 257],
-    [1, 1, "t", 1, 0, 8, [-1]],
-    [1, 1, "t", 1, 0, 8, ["x"]],
-    [1, 1, "t", 1, 0, 8, 3],
-    [1, 4, "t", 1, "reason", "message", ["x"] * 33],
-    [1, 4, "t", 1, "reason", "message", {"a": "b"}],
-    [1, 0, msgpack.ExtType(1, b""), 1, 0],
-    [1, 0, msgpack.ExtType(1, b"x"), 1, 0],
-    [1, 0, msgpack.Timestamp(1), 1, 0],
+    [3, 0, "t", 1, 0, 0],
+    [2, 3, "t"],
+    [2, -1, "t"],
+    [2, True, "t", 1, 0],
+    [True, 0, "t", 1, 0, 0],
+    [2, 0, "t", 1, 0],
+    [2, 0, "t", 1, 0, 0, 0],
+    [2, 0, "t", True, 0, 0],
+    [2, 0, "t", 1.0, 0, 0],
+    [2, 0, "t", -1, 0, 0],
+    [2, 0, "t", 2**32, 0, 0],
+    [2, 0, b"t", 1, 0, 0],
+    [2, 0, None, 1, 0, 0],
+    [2, 0, "t" * 513, 1, 0, 0],
+    [2, 1, "t", 1, 0, 1, 8, 0, [1] * 257, []],
+    [2, 1, "t", 1, 0, 1, 8, 0, [-1], []],
+    [2, 1, "t", 1, 0, 1, 8, 0, ["x"], []],
+    [2, 1, "t", 1, 0, 1, 8, 0, 3, []],
+    [2, 1, "t", 1, 0, 1, 8, 0, [], [1, 2]],
+    [2, 1, "t", 1, 0, 1, 8, 0, [], 1],
+    [2, 1, "t", 1, 0, 1, 8, 0, []],
+    [2, 2, "t", 1, "reason", "message", ["x"] * 33],
+    [2, 2, "t", 1, "reason", "message", {"a": "b"}],
+    [2, 0, msgpack.ExtType(1, b""), 1, 0, 0],
+    [2, 0, msgpack.ExtType(1, b"x"), 1, 0, 0],
+    [2, 0, msgpack.Timestamp(1), 1, 0, 0],
 ]
 
 
@@ -214,7 +220,7 @@ bombs = {
     "many empty maps": b"\xdc\x01\x00" + b"\x80" * 256,
     "arrays in arrays": (b"\xdc\x00\xff" + b"\x90" * 255) * 200,
     "duplicate keys": b"\x82\xa1a\x01\xa1a\x02",
-    "bad utf-8": b"\x95\x01\x00\xa2\xff\xfe\x01\x00",
+    "bad utf-8": b"\x96\x02\x00\xa2\xff\xfe\x01\x00\x00",
 }
 
 

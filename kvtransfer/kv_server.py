@@ -1,4 +1,4 @@
-"""The producer's side of the tcp transport."""
+"""The producer's KV port: tells of a ticket's blocks, and in the tcp transport sends them."""
 
 import asyncio
 import logging
@@ -7,20 +7,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
-from kvtransfer.frames import BlocksFrame, EndFrame, Frame, WaitFrame
+from kvtransfer.connection import Connection
+from kvtransfer.frames import NewsFrame
+from kvtransfer.kv_messages import MAX_METADATA, MAX_TEXT_BYTES, ErrorMessage, FrameError, NewsMessage, PullMessage
 from kvtransfer.staging import Stage
-from kvtransfer.transports.connection import Connection
-from kvtransfer.transports.tcp_frames import (
-    MAX_METADATA,
-    MAX_TEXT_BYTES,
-    BlocksMessage,
-    EndMessage,
-    ErrorMessage,
-    FrameError,
-    PullMessage,
-    WaitMessage,
-)
-from tandem.errors import TandemError
+from llm.kv.block_arrays import BlockIds
+from tandem.errors import Reason, TandemError
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +30,22 @@ class Source(Protocol):
 
     def frames(
         self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
-    ) -> AsyncGenerator[Frame, None]: ...
+    ) -> AsyncGenerator[NewsFrame, None]: ...
 
-    def block_ids(self, ticket_id: str, epoch: int) -> tuple[int, ...]: ...
+    def block_ids(self, ticket_id: str, epoch: int) -> BlockIds: ...
 
     def check(self, ticket_id: str, epoch: int) -> None: ...
 
 
-class TcpServer:
-    """Sends blocks to whoever names a ticket. A peer that sends anything else is cut off and counted."""
+class KvServer:
+    """Serves whoever names a ticket. A peer that sends anything else is cut off and counted.
 
-    def __init__(self, stage: Stage, block_bytes: int, source: Source, host: str) -> None:
+    `sends_blocks`: whether the tcp transport is offered; else the port only tells of blocks.
+    """
+
+    def __init__(self, stage: Stage, block_bytes: int, source: Source, host: str, *, sends_blocks: bool) -> None:
         self.num_refused = 0
+        self._sends_blocks = sends_blocks
         self._stage = stage
         self._block_bytes = block_bytes
         self._source = source
@@ -132,21 +128,18 @@ class TcpServer:
             connection.unwatch()
 
     async def _send(self, connection: Connection, request: PullMessage) -> None:
+        if request.with_blocks and not self._sends_blocks:
+            raise TandemError(Reason.INVALID_REQUEST, "this producer does not send blocks by tcp")
         ticket_id, epoch = request.ticket_id, request.epoch
         async with aclosing(self._source.frames(ticket_id, epoch, request.first_block_index, HEARTBEAT_S)) as frames:
             async for frame in frames:
-                match frame:
-                    case BlocksFrame():
-                        await self._send_blocks(connection, ticket_id, frame)
-                    case EndFrame():
-                        await connection.send(EndMessage(ticket_id, epoch, frame.first_token_id))
-                    case WaitFrame():
-                        await connection.send(WaitMessage(ticket_id, epoch))
+                await connection.send(_news(ticket_id, frame, self._block_bytes))
+                if request.with_blocks and frame.num_blocks:
+                    await self._send_blocks(connection, ticket_id, frame)
 
-    async def _send_blocks(self, connection: Connection, ticket_id: str, frame: BlocksFrame) -> None:
-        epoch, first, last = frame.epoch, frame.first_block_index, frame.first_block_index + len(frame.checksums)
+    async def _send_blocks(self, connection: Connection, ticket_id: str, frame: NewsFrame) -> None:
+        epoch, first, last = frame.epoch, frame.first_block_index, frame.first_block_index + frame.num_blocks
         block_ids = self._source.block_ids(ticket_id, epoch)[first:last]
-        await connection.send(BlocksMessage(ticket_id, epoch, first, self._block_bytes, frame.checksums))
         try:
             async with aclosing(self._stage.lend(block_ids)) as runs:
                 async for run in runs:
@@ -154,6 +147,19 @@ class TcpServer:
         except TandemError as error:
             # Half of a block may be on its way; only the connection's end can tell the consumer.
             raise ConnectionAbortedError(error.message) from error
+
+
+def _news(ticket_id: str, frame: NewsFrame, block_bytes: int) -> NewsMessage:
+    return NewsMessage(
+        ticket_id,
+        frame.epoch,
+        frame.first_block_index,
+        frame.num_blocks,
+        block_bytes,
+        frame.first_checksum_index,
+        frame.checksums,
+        () if frame.first_token_id is None else (frame.first_token_id,),
+    )
 
 
 def _error_message(request: PullMessage, error: TandemError) -> ErrorMessage:
