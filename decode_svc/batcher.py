@@ -38,6 +38,8 @@ class SequenceState:
     """Tokens that steps in flight draw."""
     num_flights: int = 0
     """Steps in flight that use the blocks."""
+    host_draws: bool = False
+    """What is being drawn of it comes from the host, when the step has landed; until then nothing can follow."""
     num_preemptions: int = 0
     stage: Stage = Stage.PULLING
     deadline: float = math.inf
@@ -174,8 +176,11 @@ class DecodeBatcher:
             self._release(sequence)
 
     def _unfinished(self) -> list[SequenceState]:
-        """Active sequences but those whose last token is being drawn."""
-        return [s for s in self._in_stage(Stage.ACTIVE) if not (s.num_drawing and s.num_tokens >= s.max_total_tokens)]
+        """Active sequences but those whose last token is being drawn, and those that wait for the host to draw."""
+        return [s for s in self._in_stage(Stage.ACTIVE) if not s.num_drawing or self._may_follow(s)]
+
+    def _may_follow(self, sequence: SequenceState) -> bool:
+        return not sequence.host_draws and sequence.num_tokens < sequence.max_total_tokens
 
     def _launch(self, sequence: SequenceState, budget: int) -> Run:
         missing = sequence.num_tokens - sequence.num_scheduled_tokens

@@ -47,7 +47,8 @@ class DecodeEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
 
     Where the device draws tokens by itself a step is launched before the tokens of the one before it are known. An end that is
-    found so late costs a superfluous step of that sequence, whose token is thrown away.
+    found so late costs a superfluous step of that sequence, whose token is thrown away. A sequence whose tokens only the host can
+    draw takes part in every second step.
     `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive at the job's outlet.
     """
@@ -131,13 +132,9 @@ class DecodeEngine:
         work = self._schedule()
         if not work and not self._flights:
             return False
-        rows = [job.sample_row(run.start + run.num_tokens) for run, job in work if run.draws]
-        ahead = bool(work) and self._steps.overlap(rows)
-        if not ahead:
-            self._land(keep=0)
         if work:
-            self._launch(work, rows, began)
-        self._land(keep=int(ahead))
+            self._launch(work, began)
+        self._land(keep=int(bool(work) and self._steps.ahead))
         self._on_change()
         return True
 
@@ -161,9 +158,9 @@ class DecodeEngine:
             job.started_ns = job.started_ns or now
         return work
 
-    def _launch(self, work: Work, rows: Sequence[SampleRow], began: float) -> None:
+    def _launch(self, work: Work, began: float) -> None:
         """Begins a step that draws a token for each run that reaches the newest one, in order."""
-        started = self._speed.start()
+        started, rows = self._speed.start(), _rows_of(work)
         row_of = self._flights[-1].row_of if self._flights else {}
         slices, sources = [], []
         for run, _ in work:
@@ -209,6 +206,16 @@ class DecodeEngine:
             self._failure = failure
             self._courier.send([(job.outlet, failure) for job in self._jobs.values()])
         self._on_failure(error)
+
+
+def _rows_of(work: Work) -> list[SampleRow]:
+    """How each is drawn; which the sequences learn, too."""
+    rows = []
+    for run, job in work:
+        if run.draws:
+            rows.append(job.sample_row(run.start + run.num_tokens))
+            run.sequence.host_draws = not rows[-1].fits_device
+    return rows
 
 
 def _slice_of(run: Run) -> SequenceSlice:

@@ -25,13 +25,12 @@ class StepResult(Protocol):
 class Steps(Protocol):
     """How a runner's steps are launched."""
 
-    def overlap(self, rows: Sequence[SampleRow]) -> bool:
-        """Whether a step that draws these rows may be launched before the step before it is complete."""
-        ...
+    ahead: bool
+    """Whether a step may be launched before the step before it is complete."""
 
     def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
         """`rows` say how to draw from each slice whose logits are "last", in order. Where sources[i] is not -1, slice i's one token
-        is what that row of the step before drew; that step's rows must have been fit to overlap."""
+        is what that row of the step before drew; that row must have been one that fits the device."""
         ...
 
 
@@ -61,11 +60,10 @@ class StartingRunner(Protocol):
 class HostSteps:
     """Computes and draws at once."""
 
+    ahead = False
+
     def __init__(self, runner: ForwardRunner) -> None:
         self._runner = runner
-
-    def overlap(self, rows: Sequence[SampleRow]) -> bool:
-        return False
 
     def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
         logits = self._runner.forward(slices)
@@ -73,30 +71,31 @@ class HostSteps:
 
 
 class DeviceSteps:
-    """Draws on the device, but for steps with rows that only the host can draw: these are complete when they are launched."""
+    """Draws on the device, but for rows that only the host can draw, which it does when it waits for their step."""
 
-    def __init__(self, runner: StartingRunner, host: HostSteps) -> None:
-        self._runner, self._host = runner, host
+    ahead = True
 
-    def overlap(self, rows: Sequence[SampleRow]) -> bool:
-        return all([row.fits_device for row in rows])
+    def __init__(self, runner: StartingRunner) -> None:
+        self._runner = runner
 
     def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
-        if not self.overlap(rows):
-            assert all(source < 0 for source in sources), "the host does not know these tokens"
-            return self._host.launch(slices, sources, rows)
-        return _OnDevice(self._runner.start_step(slices, sources, rows))
+        return _OnDevice(self._runner.start_step(slices, sources, rows), rows)
 
 
 class _OnDevice:
-    def __init__(self, step: DrawnStep) -> None:
-        self._step = step
+    def __init__(self, step: DrawnStep, rows: Sequence[SampleRow]) -> None:
+        self._step, self._rows = step, rows
 
     def wait(self) -> list[SampledToken]:
-        return [SampledToken(token) for token in self._step.token_ids()]
+        tokens = [SampledToken(token) for token in self._step.token_ids()]
+        on_host = [index for index, row in enumerate(self._rows) if not row.fits_device]
+        if on_host:
+            drawn = sample(self._step.host_logits(), [self._rows[index] for index in on_host])
+            for index, token in zip(on_host, drawn, strict=True):
+                tokens[index] = token
+        return tokens
 
 
 def steps_of(runner: ForwardRunner) -> Steps:
     """The way of launching that suits the runner."""
-    host = HostSteps(runner)
-    return DeviceSteps(runner, host) if isinstance(runner, StartingRunner) else host
+    return DeviceSteps(runner) if isinstance(runner, StartingRunner) else HostSteps(runner)

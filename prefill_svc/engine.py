@@ -147,7 +147,7 @@ class PrefillEngine:
         if not work and not self._flights:
             return False
         rows = [job.sample_row() for chunk, job in work if chunk.last]
-        ahead = bool(work) and not _wants_prompt_logprobs(work) and self._steps.overlap(rows)
+        ahead = bool(work) and not _wants_prompt_logprobs(work) and self._steps.ahead
         if not ahead:
             self._land(keep=0)
         if work:

@@ -115,8 +115,8 @@ class GpuModelRunner(ModelRunner):
         """Launches a step and returns at once; `rows` say how the next tokens of the slices that ask for logits are drawn.
 
         Where sources[i] is not -1, slice i's one token is that which row sources[i] of the step before drew, whatever the slice
-        says; so a step may be launched before the one before it has ended. Penalties, forbidden tokens and log-probabilities
-        need `forward` and llm.sampling.
+        says; so a step may be launched before the one before it has ended. Rows that do not fit the device are left to the caller,
+        who gets their logits; what is drawn of them here is of no use.
         """
         assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
         memory, arrays = self._memories.take(), self._captured(slices, sources)
@@ -127,7 +127,10 @@ class GpuModelRunner(ModelRunner):
             if rows:
                 self._argmax(logits, self._drawn[: len(rows)])
         draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices if item.logits == "last"], self._drawn)
-        return memory.fetch(len(rows), self._stream)
+        kept = [index for index, row in enumerate(rows) if not row.fits_device]
+        if kept:
+            memory.keep(logits, kept)
+        return memory.fetch(len(rows), self._stream, len(kept))
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles kernels and captures graphs. Overwrites the pool's first blocks: call it before any is handed out."""

@@ -10,6 +10,9 @@ import torch
 
 from llm.ops.gpu.draw import DrawParameters, draw
 from llm.sampling import SampleRow, uniform
+from llm.sampling_params import SamplingParams
+
+_LIKELIEST = SamplingParams(temperature=0.0)
 
 
 class Staged:
@@ -41,17 +44,29 @@ class StepMemory:
         """`drawn` [n] int32, on the device: where steps leave their tokens."""
         self.free = True
         self.staged: Staged | None = None
+        self._logits: torch.Tensor | None = None
         self._drawn = drawn
         self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=drawn.is_cuda)
         self._tokens: npt.NDArray[np.int32] = self._host.numpy()
         self._arrived = torch.cuda.Event() if drawn.is_cuda else None  # type: ignore[no-untyped-call]
 
-    def fetch(self, count: int, stream: torch.cuda.Stream | None) -> DrawnStep:
+    def fetch(self, count: int, stream: torch.cuda.Stream | None, num_kept: int = 0) -> DrawnStep:
         """Begins the copy of the first `count` tokens to the host; later launches on the stream may draw others."""
         self._host.copy_(self._drawn, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record(stream)
-        return DrawnStep(self, count)
+        return DrawnStep(self, count, num_kept)
+
+    def keep(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
+        """Begins to copy rows of logits [n, vocab] to the host; later launches on the stream may write others."""
+        if self._logits is None or len(self._logits) < len(rows):
+            self._logits = torch.empty(len(rows), logits.shape[1], dtype=logits.dtype, pin_memory=logits.is_cuda)
+        for place, row in enumerate(rows):
+            self._logits[place].copy_(logits[row], non_blocking=True)
+
+    def kept(self, count: int) -> torch.Tensor:
+        assert self._logits is not None, "nothing was kept"
+        return self._logits[:count]
 
     def read(self, count: int) -> list[int]:
         if self._arrived is not None:
@@ -61,10 +76,10 @@ class StepMemory:
 
 
 class DrawnStep:
-    """Tokens on their way to the host."""
+    """Tokens on their way to the host, and the logits of those rows that the host draws from."""
 
-    def __init__(self, memory: StepMemory, count: int) -> None:
-        self._memory, self._count = memory, count
+    def __init__(self, memory: StepMemory, count: int, num_kept: int) -> None:
+        self._memory, self._count, self._num_kept = memory, count, num_kept
         self._tokens: list[int] | None = None
 
     def token_ids(self) -> list[int]:
@@ -73,6 +88,10 @@ class DrawnStep:
             self._tokens = self._memory.read(self._count)
             self._memory.free = True
         return self._tokens
+
+    def host_logits(self) -> torch.Tensor:
+        """[rows, vocab] of the rows that do not fit the device, in order; after `token_ids`, and until the next step is started."""
+        return self._memory.kept(self._num_kept)
 
 
 class StepMemories:
@@ -96,13 +115,17 @@ class StepMemories:
 
 
 def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequence[int], drawn: torch.Tensor) -> None:
-    """Replaces the likeliest tokens, which `drawn` holds already, where one of the first rows wants another.
+    """Replaces the likeliest tokens, which `drawn` holds already, where one of the first rows wants another and fits the device.
 
     positions: those of the new tokens.
     """
-    assert all(row.fits_device for row in rows), "rows for the host must be drawn there"
-    if not all(row.params.is_greedy for row in rows):
+    if not all(_is_likeliest(row) for row in rows):
         draw(logits[: len(rows)], _parameters(rows, positions, logits.device), drawn[: len(rows)])
+
+
+def _is_likeliest(row: SampleRow) -> bool:
+    """Whether the likeliest token will do; for a row that the host draws any will."""
+    return row.params.is_greedy or not row.fits_device
 
 
 def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:
@@ -112,9 +135,9 @@ def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: tor
         host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
         return host.to(device, non_blocking=True)
 
-    params = [row.params for row in rows]
+    params = [_LIKELIEST if _is_likeliest(row) else row.params for row in rows]
     uniforms = [
-        0.0 if row.params.is_greedy else uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)
+        0.0 if _is_likeliest(row) else uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)
     ]
     top_ks = [0 if item.is_greedy else item.top_k for item in params]
     top_ps = [1.0 if item.is_greedy else item.top_p for item in params]

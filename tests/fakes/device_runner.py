@@ -8,7 +8,10 @@ import torch
 
 from llm.runner import SequenceSlice
 from llm.sampling import SampleRow, sample
+from llm.sampling_params import SamplingParams
 from tests.fakes.runner import FakeRunner
+
+PLAIN = SamplingParams(temperature=0.0)
 
 
 @dataclass
@@ -20,11 +23,16 @@ class FakeDrawnStep:
     sources: list[int]
     rows: list[SampleRow]
     drawn: list[int] | None = None
+    logits: torch.Tensor | None = None
 
     def token_ids(self) -> list[int]:
         self.runner.run_until(self)
         assert self.drawn is not None
         return self.drawn
+
+    def host_logits(self) -> torch.Tensor:
+        assert self.logits is not None, "ask for the tokens first"
+        return self.logits[[not row.fits_device for row in self.rows]]
 
 
 class DeviceRunner(FakeRunner):
@@ -37,6 +45,7 @@ class DeviceRunner(FakeRunner):
         super().__init__(*args, **named)  # type: ignore[arg-type]
         self._queue: deque[FakeDrawnStep] = deque()
         self._drawn: list[int] = []
+        self._on_device: set[int] = set()
         self.most_in_flight = 0
 
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
@@ -45,7 +54,6 @@ class DeviceRunner(FakeRunner):
         return super().forward(slices)
 
     def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> FakeDrawnStep:
-        assert all(row.fits_device for row in rows)
         assert len(rows) == sum(piece.logits == "last" for piece in slices)
         kept = [replace(piece, token_ids=list(piece.token_ids), block_ids=list(piece.block_ids)) for piece in slices]
         step = FakeDrawnStep(self, kept, list(sources), list(rows))
@@ -58,6 +66,7 @@ class DeviceRunner(FakeRunner):
             self._run(self._queue.popleft())
 
     def _run(self, step: FakeDrawnStep) -> None:
+        assert all(source < 0 or source in self._on_device for source in step.sources), "follows what the host draws"
         known = [
             piece if source < 0 else replace(piece, token_ids=[self._drawn[source]])
             for piece, source in zip(step.slices, step.sources, strict=True)
@@ -65,5 +74,8 @@ class DeviceRunner(FakeRunner):
         logits = super().forward(known)
         ends = [piece.start + len(piece.token_ids) for piece in known if piece.logits == "last"]
         rows = [replace(row, token_ids=range(end)) for row, end in zip(step.rows, ends, strict=True)]
-        step.drawn = [token.token_id for token in sample(logits, rows)] if rows else []
+        fit = [replace(row, params=PLAIN, forbidden_token_ids=()) if not row.fits_device else row for row in rows]
+        step.logits = logits
+        step.drawn = [token.token_id for token in sample(logits, fit)] if rows else []
         self._drawn = step.drawn
+        self._on_device = {index for index, row in enumerate(rows) if row.fits_device}

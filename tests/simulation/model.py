@@ -173,6 +173,7 @@ class DeviceStep:
         self.before = before
         self.ends_at = ends_at
         self.tokens: list[int] = []
+        self.on_host = Rows()
         self.failure: RuntimeError | None = None
         self.over = threads.Event()
 
@@ -182,6 +183,10 @@ class DeviceStep:
         if self.failure is not None:
             raise self.failure
         return self.tokens
+
+    def host_logits(self) -> Rows:
+        """Of the rows that the host draws from."""
+        return self.on_host
 
 
 class DeviceRunner(StampedRunner):
@@ -213,6 +218,9 @@ class DeviceRunner(StampedRunner):
                     assert step.before is not None
                     piece = replace(piece, token_ids=[step.before.tokens[source]])  # noqa: PLW2901
                 self._write(piece, self._chain_at(piece), chains)
-            step.tokens = [sampled.token_id for sampled in sample(chains, rows)]
+            step.tokens = [
+                sampled.token_id if row.fits_device else -1 for sampled, row in zip(sample(chains, rows), rows, strict=True)
+            ]
+            step.on_host = Rows(chain for chain, row in zip(chains, rows, strict=True) if not row.fits_device)
         step.before = None
         step.over.set()

@@ -161,25 +161,23 @@ async def test_two_steps_are_in_flight_and_the_host_learns_a_step_late() -> None
     assert suite.runner.sizes == [[1]] * 5
 
 
-async def test_a_row_for_the_host_makes_its_step_wait_and_no_other() -> None:
+async def test_a_row_for_the_host_takes_part_in_every_second_step_and_holds_up_no_other() -> None:
     suite = Suite(DeviceRunner, 32)
     plain, special = (Asked([1, 2], StopRule(frozenset(), 0, 9), params, None) for params in (PLAIN, PENALISED))
-    assert suite.reserve(plain)
-    suite.activate(plain)
-    for _ in range(3):
+    for asked in (plain, special):
+        assert suite.reserve(asked)
+        suite.activate(asked)
+    told = []
+    for _ in range(6):
         suite.engine.step()
-    assert suite.reserve(special)
-    suite.activate(special)
-    suite.engine.step()
-    await suite.collect([plain, special])
-    assert (len(plain.tokens), len(special.tokens)) == (4, 1), "all that was launched has landed"
-    suite.engine.close(special.job)
-    suite.engine.step()
-    await suite.collect([plain])
-    assert len(plain.tokens) == 4, "ahead again"
-    suite.engine.close(plain.job)
+        await suite.collect([plain, special])
+        told.append((len(plain.tokens), len(special.tokens)))
+    assert told == [(0, 0), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
+    assert suite.runner.most_in_flight == 2
     while suite.engine.step():
         pass
+    await suite.collect([plain, special])
+    assert [plain.tokens, special.tokens] == [await alone(plain), await alone(special)]
     assert suite.allocator.num_free == 32
 
 

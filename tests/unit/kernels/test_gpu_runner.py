@@ -206,6 +206,22 @@ def test_steps_follow_each_other_without_the_host_seeing_tokens(config, tensors,
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
+def test_rows_for_the_host_come_with_their_logits(config, tensors, reference, device):
+    """Beside others, which are drawn as ever; and the next step does not touch them while they are read."""
+    runner = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=3)
+    slices = [SequenceSlice([9 + i, 8, 7], 0, [i]) for i in range(3)]
+    greedy, penalised = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, presence_penalty=1.0)
+    rows = [SampleRow(penalised, (), 0), SampleRow(greedy, (), 0), SampleRow(greedy, (), 0, num_logprobs=1)]
+    expected = reference.forward(slices).cpu()
+    step = runner.start_step(slices, [-1] * 3, rows)
+    later = runner.start_step([SequenceSlice([3], 3, [0])], [-1], [rows[0]])
+    assert step.token_ids()[1] == expected[1].argmax()
+    assert relative_error(step.host_logits(), expected[[0, 2]]) < 1e-4
+    later.token_ids()
+    assert later.host_logits().shape == (1, config.vocab_size)
+
+
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
 def test_chunks_draw_where_a_prompt_ends(config, tensors, reference, device):
     """One prompt ends, one goes on, one is a single token that follows the step before."""
     runner = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=3)
