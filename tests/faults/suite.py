@@ -28,9 +28,21 @@ START_LIMIT_S = 120.0
 
 
 class Suite:
-    """`async with Suite(shape, directory)`: all members serve. Leaving the block ends every process, whatever happened."""
+    """`async with Suite(shape, directory)`: all members serve. Leaving the block ends every process, whatever happened.
 
-    def __init__(self, shape: Shape, directory: Path, network: Network | None = None, *, proxied: bool = False) -> None:
+    `environment` is added to that of all members, from the moment when they are forked.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        directory: Path,
+        network: Network | None = None,
+        *,
+        proxied: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._nursery_environment = {**os.environ, **(environment or {})}
         self.shape = shape
         self.directory = directory
         self.network = network
@@ -65,7 +77,9 @@ class Suite:
         preload = ["--preload"] if self.shape.model == FAKE_MODEL else []
         pipe = asyncio.subprocess.PIPE
         command = [sys.executable, "-m", "tests.faults.nursery", *preload]
-        self._nursery = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, process_group=0)
+        self._nursery = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, process_group=0, env=self._nursery_environment
+        )
         self._start_task(self._listen())
         for member in self.members.values():
             if member.link is not None:

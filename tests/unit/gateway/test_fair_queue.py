@@ -111,4 +111,7 @@ def test_the_drain_rate_is_what_was_measured() -> None:
     assert rate.wait_s(9, 299.0) == pytest.approx(10.0)
     assert rate.wait_s(0, 299.0 + 31.0) == pytest.approx(2.0)  # it has come to a halt
     rate.began(1000.0)
-    assert rate.wait_s(0, 1000.0) is None
+    assert rate.wait_s(0, 1000.0) == pytest.approx(1.0), "as it was the last time"
+    for number in range(FEWEST_MOMENTS):
+        rate.gave(1000.0 + number / 10)
+    assert rate.wait_s(0, 1000.3) == pytest.approx(0.3 / FEWEST_MOMENTS)
