@@ -69,13 +69,17 @@ class Campaign:
         return self.tally
 
     @property
+    def failed_enough(self) -> bool:
+        return len(self.tally.failed) >= self.plan.stop_after
+
+    @property
     def out_of_time(self) -> bool:
         return self._ends_at is not None and time.monotonic() >= self._ends_at
 
     async def _work(self) -> None:
         """One process after the other: a seed that ends its process, or hangs, has failed, and another goes on after it."""
         due: deque[int] = deque()
-        while due or self._take(due):
+        while not self.failed_enough and (due or self._take(due)):
             process = await self._start()
             try:
                 while due or self._take(due):
@@ -89,7 +93,7 @@ class Campaign:
                 await process.wait()
 
     def _take(self, due: deque[int]) -> bool:
-        if self.out_of_time or len(self.tally.failed) >= self.plan.stop_after:
+        if self.out_of_time or self.failed_enough:
             return False
         last = min(self._next + SEEDS_AT_ONCE, self._end)
         due.extend(range(self._next, last))
@@ -121,8 +125,10 @@ class Campaign:
             line = await _line(process.stdout)
             if not line:
                 raise EOFError(f"ended with status {await process.wait()}")
-            self._add(Outcome.from_json(line))
             due.popleft()
+            self._add(Outcome.from_json(line))
+            if self.failed_enough:
+                due.clear()
 
     def _add(self, outcome: Outcome) -> None:
         self.tally.add(outcome)

@@ -18,6 +18,9 @@ from tests.simulation.process import PROCESS, Handle, Process, SimulatedFuture, 
 TICK_S = 1e-6
 """What a callback takes, so that no two things happen at the same moment."""
 
+START_S = 1000.0
+"""The monotonic clock when a simulation begins."""
+
 NEVER = 1 << 62
 
 
@@ -39,7 +42,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self.sockets: Any = None
         self._due: dict[int, list[Callable[[], None]]] = {}
         self._max_events = self._next_due = NEVER
-        self._now = 1000.0
+        self._now = START_S
         self._timers: list[tuple[float, int, Handle, Process]] = []
         self._able: list[Process] = []
         self.current = self.process("simulator")

@@ -1,12 +1,18 @@
 """Protections of the product, each taken away by a name, so that the simulation can be seen to notice: `--without NAME`."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gateway.attempt
+import kvtransfer.fence
 import kvtransfer.intake
+import kvtransfer.ledger
 import prefill_svc.engine
+import prefill_svc.fairness
+import tandem.interceptor
 from decode_svc.batcher import DecodeBatcher, Stage
+from tests.simulation import threads
 from tests.simulation.seams import Seams
 
 
@@ -54,6 +60,56 @@ def checksums(seams: Seams) -> None:
     seams.set(kvtransfer.intake.Destination, "_verify", verify)
 
 
+def generations(seams: Seams) -> None:
+    """Who reads a producer's memory does not ask whether a block is still the ticket's."""
+
+    def guard(self: Any, ticket: Any, *arguments: Any) -> Any:
+        return arguments[-1]
+
+    seams.set(kvtransfer.fence.Fence, "guard", guard)
+
+
+def short_prompts_first(seams: Seams) -> None:
+    """Prompts are computed in the order in which they came."""
+
+    def share_step(sizes: Sequence[int], remaining: Sequence[int], budget: int) -> list[int]:
+        shares = []
+        for tokens in remaining:
+            shares.append(min(tokens, budget - sum(shares)))
+        return shares
+
+    seams.set(prefill_svc.fairness, "share_step", share_step)
+
+
+def leases_by_the_monotonic_clock(seams: Seams) -> None:
+    """Tickets and their leases go by the wall clock."""
+    before = kvtransfer.ledger.TicketLedger.__init__
+
+    def begin(self: Any, clock: Callable[[], float], *arguments: Any) -> None:
+        before(self, threads.Time.time, *arguments)
+
+    seams.set(kvtransfer.ledger.TicketLedger, "__init__", begin)
+
+
+def cancelled_calls_are_counted(seams: Seams) -> None:
+    """A call that its client has cancelled counts as received, and as nothing else."""
+    before = tandem.interceptor.Interceptor._serve
+
+    async def serve(self: Any, method: str, context: Any, answer: Any) -> Any:
+        counts = self.counts[method]
+        try:
+            return await before(self, method, context, answer)
+        except asyncio.CancelledError:
+            counts.cancelled -= 1
+            raise
+
+    seams.set(tandem.interceptor.Interceptor, "_serve", serve)
+
+
 MUTATIONS: dict[str, Callable[[Seams], None]] = {
-    each.__name__: each for each in (blocks_kept_under_a_step, resume_after_the_last_token, blocks_freed_after_a_cancel, checksums)
+    each.__name__: each
+    for each in (
+        *(blocks_kept_under_a_step, resume_after_the_last_token, blocks_freed_after_a_cancel, checksums),
+        *(generations, short_prompts_first, leases_by_the_monotonic_clock, cancelled_calls_are_counted),
+    )
 }

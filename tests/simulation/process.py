@@ -48,6 +48,8 @@ class Process:
         self.able = False
         """Whether the loop has it among those that can go on."""
         self._frozen = False
+        self.wall_offset_s = 0.0
+        """What its host's wall clock has been set forward, or back."""
         self.tasks: set[SimulatedTask] = set()
         self.threads: set[Any] = set()
         self.on_death: list[Callable[[], None]] = []

@@ -26,6 +26,7 @@ class SlowBlocks(HostBlocks):
         for source_id, block in zip(source_ids.tolist(), block_ids.tolist(), strict=True):
             source, target, half = memory[source_id * size : (source_id + 1) * size].data, self.view(block), size // 2
             target[:half] = source[:half]
+            threads.loop().world.reads()
             _pause()
             target[half:] = source[half:]
             threads.loop().world.damage(target)
@@ -33,8 +34,9 @@ class SlowBlocks(HostBlocks):
 
 
 def _pause() -> None:
+    """Longer where the process has just been frozen: it is not to go on in the same breath."""
     random = threads.loop().random
-    if random.random() < 0.3:
+    if threads.loop().current.frozen or random.random() < 0.3:
         threads.Time.sleep(random.choice((1e-5, 1e-3, 5e-3)))
 
 

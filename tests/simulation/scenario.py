@@ -1,8 +1,9 @@
 """What one seed asks for: how the suite is set up, what clients want, and what goes wrong when."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
+from typing import Any
 
 from tests.simulation.model import CONTEXT_TOKENS, VOCABULARY_SIZE
 
@@ -16,10 +17,12 @@ class Fault(Enum):
     KILL = "kill"
     VANISH = "vanish"  # killed, and nobody is told: the machine went dark
     FREEZE = "freeze"
+    FREEZE_READER = "freeze while reading"  # in the middle of a copy out of a producer's memory
     CUT = "cut"  # one direction or both
     DRAIN = "drain"
     CORRUPT = "corrupt"  # some bit of a block on its way
     LOSE_RELEASES = "lose releases"
+    STEP_CLOCK = "step clock"  # the wall clock of one host, by `count` seconds
     POISON = "poison"
 
 
@@ -52,6 +55,7 @@ class Wish:
     timeout_s: float | None = None
     cancel_after_events: int | None = None
     read_pause_s: float = 0.0
+    in_a_flood: bool = False
 
     @property
     def poisonous(self) -> bool:
@@ -83,6 +87,11 @@ class Scenario:
     disturbances: tuple[Disturbance, ...] = field(default=())
 
     @property
+    def harm(self) -> tuple[Disturbance, ...]:
+        """What goes wrong and may cost something. A wall clock that is set must not: all time is measured by the monotonic one."""
+        return tuple(each for each in self.disturbances if each.fault is not Fault.STEP_CLOCK)
+
+    @property
     def workers(self) -> tuple[str, ...]:
         return self.prefills + self.decodes
 
@@ -90,20 +99,88 @@ class Scenario:
 FAULTS = (
     *(Fault.KILL, Fault.KILL, Fault.VANISH),
     *(Fault.FREEZE, Fault.FREEZE, Fault.CUT, Fault.CUT),
-    *(Fault.DRAIN, Fault.CORRUPT, Fault.LOSE_RELEASES),
+    *(Fault.FREEZE_READER, Fault.DRAIN, Fault.DRAIN, Fault.CORRUPT, Fault.LOSE_RELEASES, Fault.STEP_CLOCK),
 )
 """What a disturbance is drawn from."""
 
 ROOMY_BLOCKS = 64
 """More than all requests of a scenario take together, as a rule."""
 
+FLOOD_BLOCKS = 128
+SHORT_TOKENS = 4
+"""At most, of the short prompt in a flood of long ones."""
+
 EVENTS_PER_WISH = 500
 """Roughly; disturbances come at any of them."""
+
+HOUR_S = 3600
 
 
 def scenario(seed: int) -> Scenario:
     """The scenario of a seed, always the same."""
     random = Random(seed * 2 + 1)
+    kind, usual = random.random(), _scenario(random, seed)
+    if kind < 0.04:
+        return _flooded(usual, random)
+    return _with_a_late_reader(usual, random) if kind < 0.08 else usual
+
+
+def _flooded(scenario: Scenario, random: Random) -> Scenario:
+    """With long prompts for one prefill worker, then a short one (E2). There is room for all; what goes wrong is left as it was."""
+    longs = [_long(random, number) for number in range(5)]
+    short = replace(
+        longs[0], number=5, starts_at=random.uniform(0.004, 0.02), prompt=_tokens(random, random.randint(1, SHORT_TOKENS))
+    )
+    return replace(
+        scenario,
+        prefills=scenario.prefills[:1],
+        prefill_blocks=FLOOD_BLOCKS,
+        decode_blocks=FLOOD_BLOCKS,
+        token_budget=random.choice((8, 16)),
+        step_s=0.002,
+        wishes=(*longs, short),
+        disturbances=tuple(each for each in scenario.disturbances if "p1" not in (each.target, each.other)),
+        **_WITHOUT_LIMITS,
+    )
+
+
+def _with_a_late_reader(scenario: Scenario, random: Random) -> Scenario:
+    """With a consumer that stands still in the middle of a copy until its lease is over and others have the blocks, and which
+    then goes on before the gateway has noticed."""
+    wishes = tuple(
+        replace(
+            _long(random, number),
+            starts_at=0.0 if number < 2 else random.uniform(0.8, 1.8),
+            prompt=_tokens(random, random.randint(20, 40)),
+            in_a_flood=False,
+        )
+        for number in range(8)
+    )
+    return replace(
+        scenario,
+        prefills=scenario.prefills[:1],
+        decodes=("d0", "d1"),
+        prefill_blocks=14,
+        decode_blocks=ROOMY_BLOCKS,
+        lease_s=1.0,
+        prefix_cache=False,
+        transports=("shm",),
+        step_s=0.0005,
+        wishes=wishes,
+        disturbances=(Disturbance(Fault.FREEZE_READER, 0, "d0", lasts_s=random.uniform(1.3, 1.8)),),
+        **_WITHOUT_LIMITS,
+    )
+
+
+_WITHOUT_LIMITS: dict[str, Any] = {"max_prompts": 16, "max_sequences": 16, "max_running": 16, "max_queued": 8, "slow_clients": ()}
+
+
+def _long(random: Random, number: int) -> Wish:
+    prompt = _tokens(random, random.randint(48, 60))
+    return Wish(number, client="c0", starts_at=0.0, prompt=prompt, max_tokens=random.randint(1, 4), in_a_flood=True)
+
+
+def _scenario(random: Random, seed: int) -> Scenario:
     prefills = tuple(f"p{number}" for number in range(random.choice((1, 2, 2))))
     decodes = tuple(f"d{number}" for number in range(random.choice((1, 2, 2))))
     clients = tuple(f"c{number}" for number in range(2))
@@ -166,6 +243,9 @@ def _tokens(random: Random, count: int) -> tuple[int, ...]:
 
 
 def _disturbances(random: Random, prefills: tuple[str, ...], decodes: tuple[str, ...], num_events: int) -> tuple[Disturbance, ...]:
+    if random.random() < 0.06:
+        when = random.randint(0, num_events)
+        return tuple(_cut(random, prefills, decodes, when) for _ in range(2))  # two links at the same moment
     count = random.choice((0, 1, 1, 1, 2, 3))
     return tuple(_disturbance(random, prefills, decodes, random.randint(0, num_events)) for _ in range(count))
 
@@ -174,15 +254,23 @@ def _disturbance(random: Random, prefills: tuple[str, ...], decodes: tuple[str, 
     fault = random.choice(FAULTS)
     worker = random.choice(prefills + decodes)
     match fault:
-        case Fault.KILL | Fault.VANISH | Fault.FREEZE if random.random() < 0.1:
+        case Fault.KILL | Fault.VANISH | Fault.FREEZE | Fault.DRAIN if random.random() < 0.15:
             worker = "gateway"
         case Fault.CUT:
-            prefill, decode = random.choice(prefills), random.choice(decodes)
-            one, other = random.choice((("gateway", decode), ("gateway", prefill), (decode, prefill), ("c0", "gateway")))
-            if random.random() < 0.5:
-                one, other = other, one
-            lasts_s = random.choice((0.2, 1.0, 3.0, 6.0))
-            return Disturbance(fault, when, one, other, lasts_s, both_ways=random.random() < 0.4)
+            return _cut(random, prefills, decodes, when)
         case Fault.CORRUPT:
             return Disturbance(fault, when, count=random.choice((1, 1, 2, 5)))
+        case Fault.FREEZE_READER:
+            # Long enough for the lease to end, and early, so that there is something to read.
+            return Disturbance(fault, when // 4, random.choice(decodes), lasts_s=random.choice((1.5, 3.0, 6.0)))
+        case Fault.STEP_CLOCK:
+            return Disturbance(fault, when, random.choice((worker, "gateway")), count=random.choice((-HOUR_S, HOUR_S)))
     return Disturbance(fault, when, worker, lasts_s=random.choice((0.1, 0.7, 1.5, 3.0, 6.0)))
+
+
+def _cut(random: Random, prefills: tuple[str, ...], decodes: tuple[str, ...], when: int) -> Disturbance:
+    prefill, decode = random.choice(prefills), random.choice(decodes)
+    one, other = random.choice((("gateway", decode), ("gateway", prefill), (decode, prefill), ("c0", "gateway")))
+    if random.random() < 0.5:
+        one, other = other, one
+    return Disturbance(Fault.CUT, when, one, other, random.choice((0.2, 1.0, 3.0, 6.0)), both_ways=random.random() < 0.4)

@@ -16,6 +16,9 @@ from greenlet import getcurrent, greenlet
 from tests.simulation.loop import SimulatedLoop, Violation
 from tests.simulation.process import PROCESS, Process
 
+EPOCH_S = 1.7e9
+"""The wall clock when the monotonic one is at 0."""
+
 
 def loop() -> SimulatedLoop:
     return asyncio.get_running_loop()  # type: ignore[return-value]
@@ -221,13 +224,21 @@ class Time:
     def monotonic() -> float:
         return loop().time()
 
-    perf_counter = time = monotonic
+    perf_counter = monotonic
+
+    @staticmethod
+    def time() -> float:
+        return EPOCH_S + loop().time() + loop().current.wall_offset_s
 
     @staticmethod
     def monotonic_ns() -> int:
         return round(loop().time() * 1e9)
 
-    perf_counter_ns = time_ns = monotonic_ns
+    perf_counter_ns = monotonic_ns
+
+    @staticmethod
+    def time_ns() -> int:
+        return round(Time.time() * 1e9)
 
     @staticmethod
     def sleep(seconds: float) -> None:

@@ -20,7 +20,7 @@ from llm.startup import LoadedModel
 from prefill_svc.settings import PrefillSettings
 from prefill_svc.worker import PrefillWorker
 from tandem.models import ModelFiles
-from tandem.server import ServerSettings
+from tandem.server import Server, ServerSettings
 from tandem.worker_settings import TransferSettings
 from tests.simulation.loop import SimulatedLoop, Violation
 from tests.simulation.model import BLOCK_TOKENS, CONTEXT_TOKENS, END_TOKEN, LAYOUT, VOCABULARY_SIZE, DeviceRunner, StampedRunner
@@ -78,6 +78,10 @@ class Node:
         return "" if self.worker is None else self.worker._status._identity.worker_id
 
     @property
+    def server(self) -> Server:
+        return self.service.server if self.worker is None else self.worker._server  # type: ignore[no-any-return]
+
+    @property
     def idle(self) -> bool:
         """Holds no block, and no ticket."""
         if self.allocator is None or self.worker is None:
@@ -105,6 +109,8 @@ class World:
         self.injected: Counter[str] = Counter()
         self.poison_deaths = 0
         self.corruptions_due = 0
+        self.freezes_due: dict[str, float] = {}
+        """Seconds for which the worker of that name will be frozen as soon as it reads another's memory."""
         self._restarts: set[str] = set()
         self._pools: list[KvPool] = []
 
@@ -124,7 +130,7 @@ class World:
     @property
     def all_ready(self) -> bool:
         gateway = self.gateway
-        if gateway is None or len(self.nodes) != len(self.scenario.workers) + 1:
+        if gateway is None or gateway.server.stopping or len(self.nodes) != len(self.scenario.workers) + 1:
             return False
         known = {worker.worker_id for worker in gateway.directory.workers if worker.ready}
         return known == {node.worker_id for node in self.nodes.values() if node.worker is not None}
@@ -149,6 +155,17 @@ class World:
             node.process.frozen = frozen
             self.network.impaired()
 
+    def freeze_for(self, name: str, seconds: float) -> None:
+        """The very process; another in its place goes on."""
+        self.freeze(name, True)
+        self.loop.deliver(self.simulator, self.loop.time() + seconds, self._thaw, name, self.nodes.get(name))
+
+    def step_clock(self, name: str, seconds: float) -> None:
+        """The wall clock of a process's host is set."""
+        node = self.nodes.get(name)
+        if node is not None:
+            node.process.wall_offset_s += seconds
+
     def drain(self, name: str) -> None:
         """As SIGTERM."""
         node = self.nodes.get(name)
@@ -164,6 +181,14 @@ class World:
                 process.kill()
         for pool in self._pools:
             pool.close()
+
+    def violated(self, text: str) -> None:
+        self.loop.violations.append(text)
+        self.note(f"VIOLATION {text}")
+
+    def _thaw(self, name: str, node: Node | None) -> None:
+        if self.nodes.get(name) is node:
+            self.freeze(name, False)
 
     async def _main(self, name: str, node: Node) -> None:
         """A process from its start to its end, whatever ends it."""
@@ -218,7 +243,8 @@ class World:
         num_blocks = scenario.prefill_blocks if prefills else scenario.decode_blocks
         node.pool = pool = KvPool.create(LAYOUT, num_blocks)
         self._pools.append(pool)
-        node.allocator = WatchedAllocator(num_blocks, BLOCK_TOKENS, prefix_cache=prefills and scenario.prefix_cache)
+        prefix_cache = prefills and scenario.prefix_cache
+        node.allocator = WatchedAllocator(num_blocks, BLOCK_TOKENS, prefix_cache, pool.generations.bump)
         runner = DeviceRunner if scenario.device else StampedRunner
         node.runner = runner(pool, node.process, self._step_s, lambda slices: self._harm(node, slices))
         loaded = LoadedModel(node.runner, pool, node.allocator, LAYOUT)  # type: ignore[arg-type]
@@ -238,6 +264,13 @@ class World:
                 loaded,
             )
         return node.worker
+
+    def reads(self) -> None:
+        """The current process is in the middle of a copy out of another's memory."""
+        name = self.loop.current.name
+        if name in self.freezes_due and self.nodes[name].process is self.loop.current:
+            self.freeze_for(name, self.freezes_due.pop(name))
+            self.note(f"{name} is frozen as it reads")
 
     def damage(self, block: memoryview) -> None:
         """Turns a bit of a block that is being copied, if one is due."""
@@ -272,17 +305,17 @@ class World:
 class Records(logging.Handler):
     """Log lines of the product: errors are violations (I6) unless an engine was broken on purpose."""
 
-    def __init__(self, world: World, every: bool) -> None:
+    def __init__(self, world: World, tell: Callable[[str], None] | None) -> None:
         super().__init__()
         self._world = world
-        self._every = every
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
         world = self._world
         if not world.loop.current.alive:
             return
-        if self._every:
-            world.note(f"{world.loop.current}: {record.getMessage()}")
+        if self._tell is not None:
+            self._tell(f"{world.loop.current}: {record.getMessage()}")
         if record.levelno >= logging.ERROR and not (world.poison_deaths and "engine failed" in record.getMessage()):
             error = record.exc_info[1] if record.exc_info else None
             if not isinstance(error, Violation):
