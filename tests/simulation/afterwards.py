@@ -10,8 +10,9 @@ from gateway.app import GENERATE
 from kvtransfer.counters import ProducerCounters, PullCounters
 from tandem.interceptor import OBSERVERS
 from tests.simulation.clients import Record
+from tests.simulation.node import Node
 from tests.simulation.scenario import Fault
-from tests.simulation.world import Node, World
+from tests.simulation.world import World
 
 QUIESCE_S = 15.0
 KEPT_TASKS = {"KvServer._serve", "ServerCall._run"}

@@ -22,7 +22,7 @@ from typing import Any
 import grpc.aio
 
 from tests.simulation import threads
-from tests.simulation.sockets import SELECTORS, SocketModule
+from tests.simulation.socket_module import SELECTORS, SocketModule
 
 PACKAGES = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm.kv")
 

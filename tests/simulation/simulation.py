@@ -14,9 +14,10 @@ from tests.simulation.clients import Clients, Record
 from tests.simulation.disturber import Disturber
 from tests.simulation.judge import judged, overtaken
 from tests.simulation.loop import START_S, SimulatedLoop, Violation
+from tests.simulation.records import Records
 from tests.simulation.scenario import Scenario, Wish, scenario
 from tests.simulation.worker import PRODUCT_LOGGERS, Outcome
-from tests.simulation.world import Records, World
+from tests.simulation.world import World
 
 MAX_EVENTS = 150_000
 PROBE = Wish(number=-1, client="probe", starts_at=0.0, prompt=(5, 6, 7, 8, 9), max_tokens=3)

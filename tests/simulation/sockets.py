@@ -1,4 +1,4 @@
-"""TCP sockets between simulated processes, with the names of the modules `socket` and `selectors`.
+"""TCP sockets between simulated processes, with the names of the class `socket.socket`.
 
 A stream of bytes in order. Kernels accept connections and bytes on behalf of frozen processes; buffers are so small that sends are
 often partial. A closed or dead peer shows as an end of the stream, a broken way not at all.
@@ -6,16 +6,15 @@ often partial. A closed or dead peer shows as an end of the stream, a broken way
 
 import asyncio
 import itertools
-import selectors as real_selectors
 import socket as real_socket
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from tests.simulation import threads
-from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import Network, Pipe
 from tests.simulation.process import Process
+from tests.simulation.waited import Waited
 
 BUFFER_BYTES = 512
 FIRST_PORT = 40_000
@@ -40,14 +39,13 @@ def layer() -> SocketLayer:
     return threads.loop().sockets  # type: ignore[no-any-return]
 
 
-class Socket:
+class Socket(Waited):
     """socket.socket."""
 
     def __init__(self, family: int = 2, type: int = 1, proto: int = 0, fileno: int | None = None) -> None:
         self._layer = layer()
-        self.process: Process = self._layer.loop.current
+        super().__init__(self._layer.loop.current)
         self._descriptor = next(self._layer.descriptors)
-        self._timeout: float | None = None
         self._name: tuple[str, int] = ("", 0)
         self._peer: Socket | None = None
         self._out: Pipe | None = None
@@ -58,11 +56,6 @@ class Socket:
         self._connected = False
         self._backlog: list[Socket] | None = None
         self._rpc_server: Any = None
-        self._reader: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
-        self._writer: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
-        self._waiting: list[threads.Thread] = []
-        self._polled = False
-        self.selectors: list[Selector] = []
         self._layer.network.links.append(self)
 
     # Of the listening side.
@@ -250,6 +243,12 @@ class Socket:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def readable(self) -> bool:
+        return bool(self._received) or self._ended or bool(self._backlog)
+
+    def writable(self) -> bool:
+        return self._connected and (self._unread_there < BUFFER_BYTES or self._ended)
+
     # Options.
 
     def setsockopt(self, *_: Any) -> None:
@@ -261,74 +260,6 @@ class Socket:
     def settimeout(self, timeout: float | None) -> None:
         self._timeout = timeout
 
-    # Waiting.
-
-    def readable(self) -> bool:
-        return bool(self._received) or self._ended or bool(self._backlog)
-
-    def writable(self) -> bool:
-        return self._connected and (self._unread_there < BUFFER_BYTES or self._ended)
-
-    def _wait_for(self, holds: Callable[[], bool]) -> None:
-        if holds():
-            return
-        if self._timeout == 0.0:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        thread = threads.current()
-        if thread is None:
-            raise Violation("an event loop was blocked by a socket")
-        loop = self._layer.loop
-        deadline = None if self._timeout is None else loop.time() + self._timeout
-        while not holds():
-            if deadline is not None and loop.time() >= deadline:
-                raise TimeoutError("timed out")
-            if deadline is not None:
-                thread.resume(deadline - loop.time())
-            self._waiting.append(thread)
-            thread.park()
-            if thread in self._waiting:
-                self._waiting.remove(thread)
-            self._check_open()
-
-    def add_reader(self, callback: Callable[..., Any], *arguments: Any) -> None:
-        self._reader = (callback, arguments)
-        self._poll()
-
-    def remove_reader(self) -> bool:
-        self._reader, had = None, self._reader is not None
-        return had
-
-    def add_writer(self, callback: Callable[..., Any], *arguments: Any) -> None:
-        self._writer = (callback, arguments)
-        self._poll()
-
-    def remove_writer(self) -> bool:
-        self._writer, had = None, self._writer is not None
-        return had
-
-    def _changed(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for thread in waiting:
-            thread.resume()
-        for selector in self.selectors:
-            selector.wake()
-        self._poll()
-
-    def _poll(self) -> None:
-        """Level-triggered, as epoll: asks again as long as somebody is told and does not take."""
-        wanted = (self._reader is not None and self.readable()) or (self._writer is not None and self.writable())
-        if wanted and not self._polled:
-            self._polled = True
-            self._layer.loop.deliver(self.process, self._layer.loop.time(), self._tell)
-
-    def _tell(self) -> None:
-        self._polled = False
-        if self._reader is not None and self.readable():
-            self._reader[0](*self._reader[1])
-        if self._writer is not None and self.writable():
-            self._writer[0](*self._writer[1])
-        self._poll()
-
 
 def join(client: Socket, server: Socket, port: int) -> None:
     """Connects two sockets."""
@@ -338,91 +269,3 @@ def join(client: Socket, server: Socket, port: int) -> None:
     server._out = Pipe(network, server.process, client.process)
     client._port = server._port = port
     client._connected = server._connected = True
-
-
-class Selector:
-    """selectors.DefaultSelector, for reading."""
-
-    def __init__(self) -> None:
-        self._keys: dict[Any, SimpleNamespace] = {}
-        self._thread: threads.Thread | None = None
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> SimpleNamespace:
-        key = self._keys[fileobj] = SimpleNamespace(fileobj=fileobj, events=events, data=data, fd=fileobj.fileno())
-        fileobj.selectors.append(self)
-        return key
-
-    def unregister(self, fileobj: Any) -> SimpleNamespace:
-        fileobj.selectors.remove(self)
-        return self._keys.pop(fileobj)
-
-    def get_map(self) -> dict[Any, SimpleNamespace]:
-        return self._keys
-
-    def select(self, timeout: float | None = None) -> list[tuple[SimpleNamespace, int]]:
-        loop, thread = threads.loop(), threads.current()
-        deadline = None if timeout is None else loop.time() + timeout
-        while True:
-            ready = [(key, real_selectors.EVENT_READ) for key in self._keys.values() if key.fileobj.readable()]
-            if ready or (deadline is not None and loop.time() >= deadline):
-                return ready
-            if thread is None:
-                raise Violation("an event loop was blocked by a selector")
-            self._thread = thread
-            if deadline is not None:
-                thread.resume(deadline - loop.time())
-            thread.park()
-            self._thread = None
-
-    def wake(self) -> None:
-        if self._thread is not None:
-            self._thread.resume()
-
-    def close(self) -> None:
-        for fileobj in list(self._keys):
-            self.unregister(fileobj)
-
-
-class SocketModule:
-    """Stands for the module `socket`."""
-
-    socket = Socket
-    timeout = TimeoutError
-    error = OSError
-    gaierror = real_socket.gaierror
-
-    def __getattr__(self, name: str) -> Any:
-        if name.isupper():
-            return getattr(real_socket, name)
-        raise AttributeError(f"socket.{name} is not simulated")
-
-    @staticmethod
-    def getaddrinfo(host: str, port: Any, *_: Any, **__: Any) -> list[Any]:
-        return [(2, 1, 6, "", (host, int(port or 0)))]
-
-    @staticmethod
-    def create_server(address: tuple[str, int], **_: Any) -> Socket:
-        sock = Socket()
-        sock.bind(address)
-        sock.listen()
-        return sock
-
-    @staticmethod
-    def create_connection(address: tuple[str, int], timeout: float | None = None, **_: Any) -> Socket:
-        sock = Socket()
-        sock.settimeout(timeout)
-        try:
-            sock.connect(address)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    @staticmethod
-    def socketpair(*_: Any, **__: Any) -> tuple[Socket, Socket]:
-        one, other = Socket(), Socket()
-        join(one, other, 0)
-        return one, other
-
-
-SELECTORS = SimpleNamespace(DefaultSelector=Selector, EVENT_READ=real_selectors.EVENT_READ, EVENT_WRITE=real_selectors.EVENT_WRITE)

@@ -1,11 +1,9 @@
 """One simulated suite: the real gateway and workers, each in a process of its own, and the clients that call them."""
 
 import asyncio
-import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from decode_svc.settings import DecodeSettings
 from decode_svc.worker import DecodeWorker
@@ -13,19 +11,18 @@ from gateway.app import Gateway
 from gateway.served_model import ServedModel
 from gateway.settings import GatewayServerSettings, GatewaySettings
 from gateway.tokenizer import byte_level_tokenizer
-from llm.kv.allocator import BlockAllocator
 from llm.kv.pool import KvPool
 from llm.runner import SequenceSlice
 from llm.startup import LoadedModel
 from prefill_svc.settings import PrefillSettings
 from prefill_svc.worker import PrefillWorker
 from tandem.models import ModelFiles
-from tandem.server import Server, ServerSettings
+from tandem.server import ServerSettings
 from tandem.worker_settings import TransferSettings
-from tests.simulation.loop import SimulatedLoop, Violation
+from tests.simulation.loop import SimulatedLoop
 from tests.simulation.model import BLOCK_TOKENS, CONTEXT_TOKENS, END_TOKEN, LAYOUT, VOCABULARY_SIZE, DeviceRunner, StampedRunner
 from tests.simulation.network import Network
-from tests.simulation.process import Process
+from tests.simulation.node import Node, WatchedAllocator
 from tests.simulation.rpc import Rpc
 from tests.simulation.scenario import POISON, Scenario
 from tests.simulation.sockets import SocketLayer
@@ -46,49 +43,6 @@ GRACE_S = 2.0
 MAX_DEADLINE_S = 20.0
 STALL_LIMIT_S = 3.0
 RESTART_S = (0.3, 2.0)
-
-
-class WatchedAllocator(BlockAllocator):
-    """Checks itself after whatever changes it."""
-
-    def allocate(self, count: int) -> list[int]:
-        blocks = super().allocate(count)
-        self.check_integrity()
-        return blocks
-
-    def free(self, block_ids: Sequence[int]) -> None:
-        super().free(block_ids)
-        self.check_integrity()
-
-
-class Node:
-    """A process of the suite, with what a test may look at. `worker` and `allocator` stay unset in the gateway."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.service: Any = None
-        self.worker: PrefillWorker | DecodeWorker | None = None
-        self.allocator: BlockAllocator | None = None
-        self.runner: StampedRunner | None = None
-        self.pool: KvPool | None = None
-        self.ready = False
-
-    @property
-    def worker_id(self) -> str:
-        return "" if self.worker is None else self.worker._status._identity.worker_id
-
-    @property
-    def server(self) -> Server:
-        return self.service.server if self.worker is None else self.worker._server  # type: ignore[no-any-return]
-
-    @property
-    def idle(self) -> bool:
-        """Holds no block, and no ticket."""
-        if self.allocator is None or self.worker is None:
-            return True
-        producer = getattr(self.worker, "_producer", None)
-        outstanding = 0 if producer is None else producer.num_outstanding
-        return self.allocator.num_free == self.allocator.num_blocks and outstanding == 0
 
 
 class World:
@@ -300,23 +254,3 @@ class World:
             self.note(f"poison kills {node.process}")
             self.loop.deliver(self.simulator, self.loop.time(), node.process.kill)
         raise RuntimeError("poison")
-
-
-class Records(logging.Handler):
-    """Log lines of the product: errors are violations (I6) unless an engine was broken on purpose."""
-
-    def __init__(self, world: World, tell: Callable[[str], None] | None) -> None:
-        super().__init__()
-        self._world = world
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        world = self._world
-        if not world.loop.current.alive:
-            return
-        if self._tell is not None:
-            self._tell(f"{world.loop.current}: {record.getMessage()}")
-        if record.levelno >= logging.ERROR and not (world.poison_deaths and "engine failed" in record.getMessage()):
-            error = record.exc_info[1] if record.exc_info else None
-            if not isinstance(error, Violation):
-                world.loop.violations.append(f"I6: {world.loop.current} logged: {record.getMessage()} {error!r}")
