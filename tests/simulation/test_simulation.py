@@ -23,6 +23,10 @@ WITHOUT = {
     "resume_after_the_last_token": 43,
     "blocks_freed_after_a_cancel": 19,
     "checksums": 29,
+    "generations": 33,
+    "short_prompts_first": 82,
+    "leases_by_the_monotonic_clock": 18,
+    "cancelled_calls_are_counted": 1,
 }
 """Protections, and a seed that fails without them; see mutations.py."""
 
