@@ -107,7 +107,7 @@ class GpuModelRunner(ModelRunner):
             self._forwarded.token_ids()  # its inputs have been read, so that their memory is free
         memory = self._memories.take()
         logits = self._replay(arrays, memory)
-        self._forwarded = memory.fetch(0, self._stream)
+        self._forwarded = memory.fetch(0)
         return logits[: sum(item.logits == "last" for item in slices)]
 
     @torch.inference_mode()
@@ -130,7 +130,7 @@ class GpuModelRunner(ModelRunner):
         kept = [index for index, row in enumerate(rows) if not row.fits_device]
         if kept:
             memory.keep(logits, kept)
-        return memory.fetch(len(rows), self._stream, len(kept))
+        return memory.fetch(len(rows), len(kept))
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles kernels and captures graphs. Overwrites the pool's first blocks: call it before any is handed out."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm.gpu import quiet_calls
 from llm.ops.gpu.draw import DrawParameters, draw
 from llm.sampling import SampleRow, uniform
 from llm.sampling_params import SamplingParams
@@ -16,25 +17,21 @@ _LIKELIEST = SamplingParams(temperature=0.0)
 
 
 class Staged:
-    """Inputs of a captured step on their way to the device, in memory that is locked once.
-
-    Every call of torch lets other threads have the interpreter, and taking it back can cost milliseconds while they are busy: there
-    are none here but the copy.
-    """
+    """Inputs of a captured step on their way to the device, in memory that is locked once."""
 
     def __init__(self, device: torch.Tensor) -> None:
         """`device` [n] int32 is what captured steps read."""
-        host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
-        self.values: npt.NDArray[np.int32] = host.numpy()
+        self._device = device
+        self._host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
+        self.values: npt.NDArray[np.int32] = self._host.numpy()
         """To be filled in before `copy`."""
-        sizes = [min(256 << power, len(device)) for power in range(24) if 128 << power < len(device)]
-        self._copies = {size: (device[:size], host[:size]) for size in sizes or [len(device)]}
 
     def copy(self, num_values: int) -> None:
         """Begins to bring the first `num_values` to the device, ordered before what is launched next."""
-        size = next(size for size in self._copies if size >= num_values)
-        onto, source = self._copies[size]
-        onto.copy_(source, non_blocking=True)
+        if self._device.is_cuda:
+            quiet_calls.to_device(self._device, self._host, num_values)
+        else:
+            self._device[:num_values] = self._host[:num_values]
 
 
 class StepMemory:
@@ -48,13 +45,15 @@ class StepMemory:
         self._drawn = drawn
         self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=drawn.is_cuda)
         self._tokens: npt.NDArray[np.int32] = self._host.numpy()
-        self._arrived = torch.cuda.Event() if drawn.is_cuda else None  # type: ignore[no-untyped-call]
+        self._arrived = _made_event() if drawn.is_cuda else None
 
-    def fetch(self, count: int, stream: torch.cuda.Stream | None, num_kept: int = 0) -> DrawnStep:
+    def fetch(self, count: int, num_kept: int = 0) -> DrawnStep:
         """Begins the copy of the first `count` tokens to the host; later launches on the stream may draw others."""
-        self._host.copy_(self._drawn, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(stream)
+        if self._arrived is None:
+            self._host.copy_(self._drawn)
+        else:
+            quiet_calls.to_host(self._host, self._drawn)
+            quiet_calls.record(self._arrived)
         return DrawnStep(self, count, num_kept)
 
     def keep(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
@@ -112,6 +111,12 @@ class StepMemories:
     def clear(self) -> None:
         """Steps in flight keep theirs; the next ones get new memory."""
         self._memories.clear()
+
+
+def _made_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequence[int], drawn: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from llm.batch import Batch, Integers
 from llm.gpu.device_batch import PER_ROW, PER_TILE, DeviceBatch, make_device_batch
+from llm.gpu.quiet_calls import QuietGraph
 from llm.gpu.step import Staged, StepMemory
 
 _PADDING = {"sources": -1, "row_blocks": -1}
@@ -114,7 +115,7 @@ class StepGraphs:
         """`step` computes a batch's logits; it must do the same launches each time and never wait."""
         self.inputs = inputs
         self._step = step
-        self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph | QuietGraph, torch.Tensor]] = {}
 
     @property
     def num_captured(self) -> int:
@@ -127,10 +128,10 @@ class StepGraphs:
             batch = self.inputs.batch(size)
             self._step(batch)
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._step(batch)
-            self._graphs[size] = graph, logits
+            self._graphs[size] = QuietGraph(graph) if logits.is_cuda else graph, logits
             captured(size)
 
     def holds(self, arrays: Mapping[str, Integers]) -> bool:

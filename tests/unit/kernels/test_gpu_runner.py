@@ -107,7 +107,8 @@ class FakeGraph:
 
     current = None
 
-    def __init__(self):
+    def __init__(self, keep_graph):
+        assert keep_graph
         self.again = None
 
     def __enter__(self):
