@@ -15,7 +15,7 @@ from gateway.completion import Completion
 from gateway.job import Ending, GenerationJob
 from gateway.pending import PendingOutput
 from gateway.prompts import prompt_tokens
-from gateway.relay import Relay
+from gateway.relay import Relay, user_error
 from gateway.request_id import new_request_id
 from gateway.running_keys import RunningKeys
 from gateway.served_model import ServedModel
@@ -25,6 +25,7 @@ from gateway.validate import check_length, check_request
 from gateway.wire import ResponseWriter
 from tandem.api.v1 import generation_pb2, generation_pb2_grpc
 from tandem.errors import Reason, TandemError
+from tandem.interceptor import when_dismissed
 from tandem.tracing import tracer
 
 
@@ -110,8 +111,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         completion = Completion(job, self._model.tokenizer, pending)
         relaying = asyncio.create_task(self._relay.run(job, completion, timeline))
         relaying.add_done_callback(lambda task: _hand_over(task, pending))
+        writer = ResponseWriter(job, self._model.tokenizer)
+        when_dismissed(lambda: user_error(TandemError(Reason.DRAINING, "the gateway is shutting down"), writer.num_tokens))
         try:
-            ending = await self._write_all(pending, ResponseWriter(job, self._model.tokenizer), context, prefilled)
+            ending = await self._write_all(pending, writer, context, prefilled)
             note_ending(span, ending)
             self._admission.completed(ending.num_completion_tokens)
         finally:

@@ -56,15 +56,17 @@ def tokens_from(messages: Iterable[prefill_pb2.SampledToken]) -> list[Token]:
 
 
 class ResponseWriter:
-    """Makes the messages of one client's stream."""
+    """Makes the messages of one client's stream. `num_tokens` are in those made so far."""
 
     def __init__(self, job: GenerationJob, tokenizer: Tokenizer) -> None:
         self._job = job
         self._tokenizer = tokenizer
+        self.num_tokens = 0
 
     def response(self, event: Output | Ending) -> generation_pb2.GenerateResponse:
         request_id = self._job.request_id
         if isinstance(event, Output):
+            self.num_tokens += len(event.tokens)
             return generation_pb2.GenerateResponse(request_id=request_id, delta=self._delta(event))
         return generation_pb2.GenerateResponse(request_id=request_id, finished=_finished(event, len(self._job.token_ids)))
 

@@ -7,6 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +42,30 @@ class CallCounts:
     failed: int = 0
 
 
+def _shutting_down() -> TandemError:
+    return TandemError(Reason.DRAINING, "the server is shutting down")
+
+
 @dataclass(eq=False)
 class Call:
-    """One running call."""
+    """One running call. `dismissal` makes what it ends with if the server dismisses it."""
 
     method: str
     task: asyncio.Task[Any]
     dismissed: bool = False
+    dismissal: Callable[[], TandemError] = _shutting_down
 
     @property
     def observes(self) -> bool:
         return self.method.rpartition("/")[2] in OBSERVERS
+
+
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def when_dismissed(dismissal: Callable[[], TandemError]) -> None:
+    """In a handler: what its call ends with if the server, at its end, cannot wait for it; DRAINING otherwise."""
+    _current.get().dismissal = dismissal
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -110,9 +124,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if call.task.cancelling() and not call.dismissed:
                 counts.cancelled += 1
                 raise
-            error = (
-                TandemError(Reason.DRAINING, "the server is shutting down") if call.dismissed else _as_tandem_error(raised, method)
-            )
+            error = call.dismissal() if call.dismissed else _as_tandem_error(raised, method)
         except grpc.aio.AbortError:
             _count(counts, _outcome_of_code(context.code()))
             raise
@@ -132,6 +144,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
         call, counts = Call(method, task), self.counts[method]
+        _current.set(call)
         self._running.add(call)
         counts.received += 1
         return call, counts

@@ -240,6 +240,25 @@ async def test_a_draining_gateway_finishes_and_refuses(suite: Suite) -> None:
     await draining
 
 
+@pytest.mark.parametrize(("phase", "reason", "num_tokens"), [("token 3", Reason.STREAM_BROKEN, 3), ("admit", Reason.DRAINING, 0)])
+async def test_what_a_gateway_cannot_finish_when_it_leaves_says_how_far_it_got(
+    make_suite: MakeSuite, phase: str, reason: Reason, num_tokens: int
+) -> None:
+    """No client may simply ask again for what it has in part."""
+    suite = await make_suite(server=GatewayServerSettings(port=0, grace_s=0.5))
+    worker = suite.prefill if phase == "admit" else suite.decode
+    worker.gates.close(phase)
+    answering = asyncio.create_task(suite.generate(text="hello", stopping={"max_tokens": 5}))
+    await worker.gates.reached(phase)
+    await suite.gateway.stop()
+    answer = await answering
+    assert answer.error is not None
+    assert (answer.error.reason, len(answer.token_ids)) == (reason, num_tokens)
+    assert answer.error.metadata.get("tokens_delivered", "0") == str(num_tokens)
+    assert answer.error.code is (grpc.StatusCode.ABORTED if num_tokens else grpc.StatusCode.UNAVAILABLE)
+    assert suite.gateway.counts().requests.received == 1
+
+
 async def test_a_client_that_takes_nothing_is_cut_off_and_others_are_not(make_suite: MakeSuite) -> None:
     suite = await make_suite(token=ENDLESS, stall_limit_s=0.3)
     address = f"127.0.0.1:{suite.gateway.server.port}"
@@ -346,4 +365,5 @@ async def test_a_shutdown_ends_the_legs_and_frees_the_tickets(make_suite: MakeSu
     assert [ticket.fate for ticket in suite.prefill.tickets.values()] == ["released"]
     await suite.all_idle()
     answer = await answering
-    assert answer.error is not None and answer.error.code is grpc.StatusCode.UNAVAILABLE
+    assert answer.error is not None
+    assert answer.error.code is (grpc.StatusCode.ABORTED if answer.token_ids else grpc.StatusCode.UNAVAILABLE)
