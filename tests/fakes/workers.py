@@ -9,6 +9,7 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import grpc
 import grpc.aio
@@ -176,6 +177,8 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
     is sent, "done" before the end."""
 
     role = operations_pb2.WORKER_ROLE_PREFILL
+    by_address: ClassVar[dict[str, "FakePrefill"]] = {}
+    """Those that live."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
@@ -183,6 +186,14 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
         self.requests: list[prefill_pb2.PrefillRequest] = []
         self.cached_tokens = 0
         self.queue_us = 0
+
+    async def start(self, port: int = 0) -> None:
+        await super().start(port)
+        self.by_address[self.address] = self
+
+    async def kill(self) -> None:
+        self.by_address.pop(self.address, None)
+        await super().kill()
 
     @property
     def live_tickets(self) -> list[Ticket]:
@@ -249,12 +260,17 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
         self.tickets[message.ticket_id] = ticket
         return ticket
 
-    async def Pull(self, request: kv_pb2.PullRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[kv_pb2.PullResponse]:
-        ticket = self.tickets.get(request.ticket_id)
+    async def first_token_of(self, ticket_id: str) -> int:
+        """What a decode worker learns once all blocks have come: they travel by no gRPC call."""
+        ticket = self.tickets.get(ticket_id)
         if ticket is None or ticket.fate is not None:
             raise TandemError(Reason.TICKET_NOT_FOUND, "no such ticket")
-        first_token_id = await asyncio.shield(ticket.finished)
-        yield kv_pb2.PullResponse(end=kv_pb2.PullEnd(epoch=request.epoch, first_token_id=first_token_id))
+        try:
+            return await asyncio.shield(ticket.finished)
+        except asyncio.CancelledError:
+            if not ticket.finished.cancelled():
+                raise
+            raise TandemError(Reason.TRANSFER_INTERRUPTED, "the producer gave the ticket up") from None
 
     async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseResponse:
         ticket = self.tickets.get(request.ticket_id)
@@ -323,12 +339,14 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
     async def _pull(self, ticket: kv_pb2.KvTicket) -> int:
         if self.pull_fault(ticket):
             raise TandemError(Reason.TRANSFER_INTERRUPTED, "the link is cut")
+        producer = FakePrefill.by_address.get(ticket.address)
+        if producer is None:
+            raise TandemError(Reason.TRANSFER_INTERRUPTED, "the producer is gone")
+        first_token_id = await producer.first_token_of(ticket.ticket_id)
         async with grpc.aio.insecure_channel(ticket.address) as channel:
             stub = kv_pb2_grpc.KvTransferServiceStub(channel)
-            async for frame in stub.Pull(kv_pb2.PullRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch)):
-                first_token_id = frame.end.first_token_id
             await stub.Release(kv_pb2.ReleaseRequest(ticket_id=ticket.ticket_id, epoch=ticket.epoch))
-            return int(first_token_id)
+        return first_token_id
 
     async def _tokens(self, request: decode_pb2.DecodeRequest, token_id: int) -> AsyncIterator[decode_pb2.DecodeResponse]:
         prompt, done = split_prompt(request)
