@@ -166,13 +166,22 @@ class PrefillBatcher:
             chunk.prompt.num_flights += 1
         return chunks
 
+    @property
+    def settled(self) -> bool:
+        """Whether the next step would be the same with prompts that are yet to come."""
+        shares = self._shares()
+        left_out = any(share < _remaining(prompt) for share, prompt in zip(shares, self._running, strict=True))
+        only_short = all(_size(prompt) <= self._limits.short_tokens for prompt in self._running)
+        return only_short and (left_out or sum(shares) >= self._limits.short_tokens)
+
     def _pack(self) -> Iterator[Chunk]:
-        sizes = [prompt.num_tokens - prompt.num_cached_tokens for prompt in self._running]
-        remaining = [prompt.num_tokens - prompt.num_scheduled_tokens for prompt in self._running]
-        shares = fairness.share_step(sizes, remaining, self._limits.token_budget)
-        for prompt, num_tokens in zip(self._running, shares, strict=True):
+        for prompt, num_tokens in zip(self._running, self._shares(), strict=True):
             if num_tokens > 0:
                 yield Chunk(prompt, prompt.num_scheduled_tokens, num_tokens)
+
+    def _shares(self) -> list[int]:
+        sizes, remaining = map(_size, self._running), map(_remaining, self._running)
+        return fairness.share_step(list(sizes), list(remaining), self._limits.token_budget)
 
     def complete(self, chunks: Sequence[Chunk]) -> None:
         """Takes note that the chunks' KV is in the pool: full blocks become findable, finished prompts leave the batch."""
@@ -218,3 +227,13 @@ class PrefillBatcher:
         """Tokens still to compute for waiting and running prompts."""
         prompts = [*self._waiting, *self._running]
         return sum(prompt.num_tokens - prompt.num_computed_tokens for prompt in prompts)
+
+
+def _size(prompt: PromptState) -> int:
+    """Tokens that are not cached."""
+    return prompt.num_tokens - prompt.num_cached_tokens
+
+
+def _remaining(prompt: PromptState) -> int:
+    """Tokens that no step has taken yet."""
+    return prompt.num_tokens - prompt.num_scheduled_tokens

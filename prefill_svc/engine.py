@@ -141,7 +141,8 @@ class PrefillEngine:
 
     def step(self) -> bool:
         """Launches a step and takes in those before it; False if there was nothing to do."""
-        self._pacer.pause()
+        if not self._settled():
+            self._pacer.pause()
         began = self._pacer.now()
         work = self._schedule()
         if not work and not self._flights:
@@ -155,6 +156,11 @@ class PrefillEngine:
         self._land(keep=int(ahead))
         self._on_change()
         return True
+
+    def _settled(self) -> bool:
+        """Whether there is nobody to wait for before the next step is launched."""
+        with self._lock:
+            return self._batcher.settled
 
     def _wake(self) -> None:
         self._thread.wake()

@@ -93,6 +93,20 @@ def test_closing_in_the_middle_of_a_step_keeps_the_blocks_until_the_step_ends() 
     assert allocator.num_free == 2
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settled"), [([], False), ([3], False), ([8], True), ([5, 5], True), ([3, 4], False), ([20], False), ([8, 20], False)]
+)
+def test_a_step_is_settled_where_nobody_who_comes_could_join_it(sizes: list[int], settled: bool) -> None:
+    batcher, _ = make(num_blocks=64, token_budget=16)
+    for number, size in enumerate(sizes):
+        submit(batcher, size, 100 * number)
+    assert batcher.settled == settled
+    before = [(chunk.prompt, chunk.num_tokens) for chunk in batcher._pack()]
+    submit(batcher, 2, 1000)
+    if settled:
+        assert [(chunk.prompt, chunk.num_tokens) for chunk in batcher._pack()] == before
+
+
 def test_a_chunk_costs_nothing_per_block_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     batcher, allocator = make(num_blocks=32)
     submit(batcher, 100)
