@@ -14,6 +14,7 @@ import torch
 
 from llm.batch import Batch
 from llm.config import ModelConfig
+from llm.errors import UnsupportedModelError
 from llm.model import Model
 from llm.ops.operations import HostOperations, TorchOperations
 
@@ -45,7 +46,10 @@ class SteppedModel(Model):
 
 
 def make_host_model(config: ModelConfig, tensors: Mapping[str, torch.Tensor], threads: int, cache_directory: Path) -> HostModel:
-    """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile."""
+    """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile.
+
+    Raises UnsupportedModelError for packed weights where there is no native step for the model.
+    """
     library = native_library(cache_directory)
     if library is not None:
         from llm.ops.cpu.native.model import NativeModel, refusal
@@ -54,6 +58,8 @@ def make_host_model(config: ModelConfig, tensors: Mapping[str, torch.Tensor], th
         if reason is None:
             return NativeModel(config, tensors, library, threads)
         logger.info("the native step does not take this model: %s", reason)
+        if any(name.endswith(".values") for name in tensors):
+            raise UnsupportedModelError(f"packed weights need the native step, which does not take this model: {reason}")
     return SteppedModel(config, tensors, choose_operations(threads))
 
 

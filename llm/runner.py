@@ -14,7 +14,7 @@ from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.settings import GpuSettings
-from llm.host_model import HostModel, SteppedModel, make_host_model, num_threads
+from llm.host_model import HostModel, SteppedModel, make_host_model, native_library, num_threads
 from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
 from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
@@ -88,7 +88,7 @@ class ModelRunner:
         torch.set_num_threads(num_threads(settings.threads))
         format, _ = settings.format_and_reason
         if format not in DTYPES:
-            raise UnsupportedModelError(f"--weights {format}: there are no kernels for it here; served are {', '.join(DTYPES)}")
+            _check_packed(format, settings, report)
         request = WeightRequest(files, config, format, settings.device, settings.cache_directory)
         return cls(_make_model(config, load_tensors(request, report), settings, report), settings, report)
 
@@ -137,6 +137,13 @@ def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int) ->
     single = SequenceSlice([0], 0, blocks)
     chunks = [SequenceSlice([0] * tokens, 0, blocks) for tokens in (8, 64, 512) if tokens <= capacity]
     return [[single] * count for count in (1, 2, 3)] + [[chunk] for chunk in chunks]
+
+
+def _check_packed(format: WeightFormat, settings: RunnerSettings, progress: Progress) -> None:
+    """Before weights are converted in vain."""
+    with _compiling(settings, progress):
+        if settings.device != "cpu" or native_library(settings.cache_directory) is None:
+            raise UnsupportedModelError(f"--weights {format}: there are no kernels for it here; served are {', '.join(DTYPES)}")
 
 
 def _make_model(

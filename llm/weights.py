@@ -16,7 +16,7 @@ from llm.config import ModelConfig
 from llm.errors import UnsupportedModelError, WeightsError
 from llm.weight_format import WeightFormat
 from llm.weights_file import lock_file, map_tensors, remove_oldest, write_tensors
-from llm.weights_packed import FourBitBlocks, join_blocks, pack_matrix, packing_version
+from llm.weights_packed import Blocks, join_blocks, pack_matrix, packing_version
 from llm.weights_plan import ROPE, PlannedTensor, Source, plan_tensors, read_planned, rope_tensor
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _converted(request: WeightRequest, planned: PlannedTensor, origin: _Origin) 
     elif planned.name == "embedding":
         yield planned.name, values.to(torch.bfloat16)
         if request.config.tie_embeddings:
-            yield from pack_matrix("head", values, request.format, None)
+            yield from pack_matrix("head", values, request.format, origin.blocks(planned))
     else:
         yield from pack_matrix(planned.name, values, request.format, origin.blocks(planned))
 
@@ -132,7 +132,7 @@ class _Origin(Protocol):
 
     def fused(self, planned: PlannedTensor) -> torch.Tensor: ...
 
-    def blocks(self, planned: PlannedTensor) -> FourBitBlocks | None:
+    def blocks(self, planned: PlannedTensor) -> Blocks | None:
         """The matrix as it was quantised by whoever made the file, if it was so and to what we have kernels for."""
         ...
 
@@ -148,7 +148,7 @@ class _Checkpoint:
     def fused(self, planned: PlannedTensor) -> torch.Tensor:
         return read_planned(planned, self._source)
 
-    def blocks(self, planned: PlannedTensor) -> FourBitBlocks | None:
+    def blocks(self, planned: PlannedTensor) -> Blocks | None:
         return join_blocks([self._source.read_blocks(part) for part in planned.parts])
 
     def rope(self) -> torch.Tensor:

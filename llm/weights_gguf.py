@@ -10,7 +10,7 @@ import torch
 from llm.config import ModelConfig
 from llm.errors import UnsupportedModelError, WeightsError
 from llm.gguf_file import GgufFile, GgufTensor
-from llm.weights_packed import GROUP, FourBitBlocks
+from llm.weights_packed import GROUP, Blocks, EightBitBlocks, FourBitBlocks
 
 _NAMES = {
     "embedding": "token_embd.weight",
@@ -34,7 +34,7 @@ _LAYER_NAMES = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-_Q4_0, _Q4_1 = 2, 3
+_Q4_0, _Q4_1, _Q8_0 = 2, 3, 8
 """GGML's numbers of the types."""
 _LAYER = re.compile(r"layers\.(\d+)\.(\w+)")
 
@@ -53,20 +53,27 @@ class GgufSource:
         values = torch.from_numpy(self._dequantise(_gguf_name(part)))
         return self._undo_permutation(part.rpartition(".")[2], values)
 
-    def read_blocks(self, part: str) -> FourBitBlocks | None:
-        """Q4_1 is a scale, a minimum and 16 bytes whose low nibbles come first; Q4_0 has no minimum, and numbers around 8."""
-        name = _gguf_name(part)
-        info = self._file.tensors.get(name)
-        if info is None or info.kind not in (_Q4_0, _Q4_1) or len(info.shape) != 2:
+    def read_blocks(self, part: str) -> Blocks | None:
+        """Groups of 32: a scale, in Q4_1 a minimum, then the integers; of 16 bytes the low nibbles come first.
+
+        Q4_0 has no minimum, and its numbers mean 8 less.
+        """
+        info = self._file.tensors.get(_gguf_name(part))
+        if info is None or info.kind not in (_Q4_0, _Q4_1, _Q8_0) or len(info.shape) != 2:
             return None
         raw = self._raw(info).reshape(info.shape[0], info.shape[1] // GROUP, -1)
         scales = raw[:, :, :2].copy().view(np.float16)[:, :, 0]
+        kind = part.rpartition(".")[2]
+        if info.kind == _Q8_0:
+            return EightBitBlocks(self._ordered(kind, raw[:, :, 2:].reshape(info.shape).view(np.int8)), self._ordered(kind, scales))
         minima = raw[:, :, 2:4].copy().view(np.float16)[:, :, 0] if info.kind == _Q4_1 else scales * np.float16(-8)
         halves = raw[:, :, -GROUP // 2 :]
         nibbles = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(info.shape)
-        return FourBitBlocks(
-            *(self._undo_permutation(part.rpartition(".")[2], torch.from_numpy(each)).numpy() for each in (nibbles, scales, minima))
-        )
+        return FourBitBlocks(*(self._ordered(kind, each) for each in (nibbles, scales, minima)))
+
+    def _ordered(self, part: str, values: np.ndarray) -> np.ndarray:
+        ordered: np.ndarray = self._undo_permutation(part, torch.from_numpy(values)).numpy()
+        return ordered
 
     def _dequantise(self, name: str) -> np.ndarray:
         from gguf.constants import GGMLQuantizationType

@@ -10,7 +10,7 @@ import torch
 
 from llm.config import ModelConfig, rope_frequencies
 from llm.errors import WeightsError
-from llm.weights_packed import FourBitBlocks
+from llm.weights_packed import Blocks
 
 ROPE = "rope_frequencies"
 
@@ -37,8 +37,8 @@ class Source(Protocol):
         """The part in float32 on the CPU, q and k in the row order of rotate-half RoPE."""
         ...
 
-    def read_blocks(self, part: str) -> FourBitBlocks | None:
-        """The part as its file has it, in the same order, if that is groups of four-bit numbers."""
+    def read_blocks(self, part: str) -> Blocks | None:
+        """The part as its file has it, in the same order, if that is groups of small integers."""
         ...
 
 

@@ -101,14 +101,13 @@ def _followed(lines: Any, num_formats: int) -> Iterator[dict[str, Any]]:
 
 def _table(about: dict[str, Any], results: Sequence[dict[str, Any]]) -> Table:
     title = f"{about['model']} against its file in fp32: {about['tokens']} tokens of {about['text']}"
-    caption = "prefill/decode; change: of the perplexity; agreement: same likeliest token; KL: nats a token, from fp32"
+    caption = "change: of the perplexity; agreement: same likeliest token; KL: nats a token, from fp32"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    table.add_column("weights")
-    for role in ("prefill", "decode"):
-        for heading in ("perplexity", "change", "agreement", "KL"):
-            table.add_column(f"{role}\n{heading}", justify="right")
+    for heading in ("weights", "role", "perplexity", "change", "agreement", "KL"):
+        table.add_column(heading, justify="left" if heading in ("weights", "role") else "right")
     for result in results:
-        table.add_row(result["weights"], *(cell for role in ("prefill", "decode") for cell in _cells(result[role])))
+        for role in ("prefill", "decode"):
+            table.add_row(result["weights"] if role == "prefill" else "", role, *_cells(result[role]))
     return table
 
 

@@ -7,6 +7,8 @@ Arrays must be C-contiguous; counts that are said to be multiples of 8 or 16 are
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,6 +18,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+
+
+def _separate_caches() -> None:
+    """Numba notices a change of a kernel's own file only, not of the files that it uses, so each version has its own folder.
+
+    All kernels' modules import this one before they compile anything.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    if numba.config.CACHE_DIR:
+        numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR) / hashlib.blake2b(sources, digest_size=8).hexdigest())
+
+
+_separate_caches()
 
 _BITS, _INDEX, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LANES = 8

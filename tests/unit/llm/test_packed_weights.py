@@ -53,23 +53,31 @@ def test_parts_are_mapped_at_cache_lines(tmp_path: Path) -> None:
     assert all(tensor.data_ptr() % 64 == 0 for name, tensor in tensors.items() if name.endswith(".values"))
 
 
-@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1])
-def test_a_files_own_four_bits_are_kept(tmp_path: Path, kind: Any) -> None:
-    """Up to what rounding an offset to 16 bits does, the packed matrix is the dequantised one."""
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        (gguf.GGMLQuantizationType.Q4_0, "int4"),
+        (gguf.GGMLQuantizationType.Q4_1, "int4"),
+        (gguf.GGMLQuantizationType.Q8_0, "int8"),
+    ],
+)
+def test_a_files_own_integers_are_kept(tmp_path: Path, kind: Any, format: str) -> None:
+    """The packed matrix is the dequantised one, up to the last bit of a sum."""
     config = tiny_config()
     files = write_gguf(tmp_path / "model.gguf", config, checkpoint(config), kind)
-    exact, tensors = load(files, tmp_path / "cache", "fp32"), load(files, tmp_path / "cache", "int4")
+    exact, tensors = load(files, tmp_path / "cache", "fp32"), load(files, tmp_path / "cache", format)
     for name, shape in MATRICES.items():
-        assert packed_format(tensors, name) == "int4"
-        found = widened(tensors, name, shape)
-        assert (found - exact[name]).abs().max() <= 1e-6 * exact[name].abs().max()
+        assert packed_format(tensors, name) == format
+        assert (widened(tensors, name, shape) - exact[name]).abs().max() <= 1e-6 * exact[name].abs().max()
+    if format == "int8":
+        assert torch.equal(widened(tensors, "head", (128, 64)), exact["embedding"])
 
 
 def test_blocks_of_other_types_are_left_to_the_packing(tmp_path: Path) -> None:
     from llm.gguf_file import open_gguf
 
     config = tiny_config()
-    files = write_gguf(tmp_path / "model.gguf", config, checkpoint(config), gguf.GGMLQuantizationType.Q8_0)
+    files = write_gguf(tmp_path / "model.gguf", config, checkpoint(config), gguf.GGMLQuantizationType.Q5_1)
     assert files.path is not None
     source = GgufSource(open_gguf(files.path), load_model_config("gguf", files.path, None))
     assert source.read_blocks("layers.0.q") is None and source.read_blocks("norm") is None
