@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
+FOLDER = Path(__file__).parent
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 INSTRUCTION_SETS = {"portable": (), "avx2": _AVX2, "avx512vnni": _AVX512}
@@ -79,7 +79,7 @@ def _compile(path: Path, instruction_set: str) -> None:
         raise NativeUnavailableError("no C++ compiler was found (c++, g++, clang++ or $CXX)")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}")
-    command = [program, *_FLAGS, *INSTRUCTION_SETS[instruction_set], str(_FOLDER / "library.cpp"), "-o", str(written)]
+    command = [program, *FLAGS, *INSTRUCTION_SETS[instruction_set], str(FOLDER / "library.cpp"), "-o", str(written)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
         if done.returncode:
@@ -92,8 +92,8 @@ def _compile(path: Path, instruction_set: str) -> None:
 
 
 def _digest(instruction_set: str) -> str:
-    parts = [compiler() or "", *_FLAGS, *INSTRUCTION_SETS[instruction_set], platform.machine()]
-    sources = [path.read_bytes() for path in sorted(_FOLDER.iterdir()) if path.suffix in {".h", ".cpp"}]
+    parts = [compiler() or "", *FLAGS, *INSTRUCTION_SETS[instruction_set], platform.machine()]
+    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in {".h", ".cpp"}]
     return hashlib.blake2b(b"\0".join([*(part.encode() for part in parts), *sources]), digest_size=10).hexdigest()
 
 

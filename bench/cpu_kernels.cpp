@@ -1,0 +1,124 @@
+// What bench.cpu_kernels times, compiled with the flags of the engine's library.
+
+#include <chrono>
+#include <vector>
+
+#include "matrix.h"
+#include "team.h"
+
+using namespace tandem;
+
+namespace {
+
+constexpr int FLOAT_SUMS = 12;  // enough to hide the latency of a multiply-add
+constexpr int FEW_ROWS = 64, GRAIN_OUTPUTS = 32, TILE_OUTPUTS = 96, TILE_ROWS = 256;  // as in workspace.h
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// One product as a step does it: outputs shared out, or tiles taken by whoever is free; then all meet.
+void multiply_together(Team& team, int thread, const Matrix& matrix, const char* rows, int num_rows, float* out) {
+    const size_t stride = size_t(matrix.outputs);
+    if (num_rows <= FEW_ROWS) {
+        const int grains = (matrix.outputs + GRAIN_OUTPUTS - 1) / GRAIN_OUTPUTS, active = team.active();
+        const int first = grains * thread / active * GRAIN_OUTPUTS;
+        const int last = std::min(matrix.outputs, grains * (thread + 1) / active * GRAIN_OUTPUTS);
+        if (first < last) multiply(matrix, rows, num_rows, out, stride, first, last);
+        return team.meet();
+    }
+    const int columns = (matrix.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS, lines = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int task = team.take(); task < columns * lines; task = team.take()) {
+        const int row = task % lines * TILE_ROWS, first = task / lines * TILE_OUTPUTS;
+        multiply(matrix, rows + row * input_row_bytes(matrix), std::min(TILE_ROWS, num_rows - row), out + row * stride, stride, first,
+                 std::min(matrix.outputs, first + TILE_OUTPUTS));
+    }
+    team.meet();
+}
+
+// Runs work(thread) on all threads again and again for a while; the shortest run's seconds.
+template <class Work>
+double shortest(Team& team, double budget, Work work) {
+    double best = 1e9;
+    const double end = seconds() + budget;
+    for (int run = 0; run < 3 || seconds() < end; run++) {
+        const double begin = seconds();
+        team.run(team.size(), work);
+        best = std::min(best, seconds() - begin);
+    }
+    return best;
+}
+
+// The inner loop of a tile whose weights and rows are in the first-level cache.
+template <class Sums, class Begin, class Add>
+double rate_of(Team& team, int multiply_adds, Begin begin, Add add) {
+    constexpr int ROUNDS = 20000, LINES = 8;
+    const double best = shortest(team, 0.2, [&](int) {
+        alignas(64) static thread_local char memory[64 * LINES * 4];
+        Sums sums[FLOAT_SUMS];
+        for (int r = 0; r < FLOAT_SUMS; r++) sums[r] = begin();
+        for (int round = 0; round < ROUNDS; round++) {
+            asm volatile("" : : "r"(memory) : "memory");
+            add(sums, memory + round % LINES * 64);
+        }
+        asm volatile("" : : "r"(sums) : "memory");
+    });
+    return double(ROUNDS) * multiply_adds * team.size() / best;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Seconds of the products of all matrices, one after the other. `rows` begins each matrix's prepared rows.
+double bench_products(const Matrix* matrices, int count, const char* const* rows, int num_rows, float* out, int threads, double budget) {
+    Team team(threads);
+    return shortest(team, budget, [&](int thread) {
+        for (int index = 0; index < count; index++) multiply_together(team, thread, matrices[index], rows[index], num_rows, out);
+    });
+}
+
+// Seconds to make rows ready on one thread.
+double bench_prepare(const Matrix* matrix, const float* x, int num_rows, char* rows, double budget) {
+    Team team(1);
+    return shortest(team, budget, [&](int) {
+        for (int row = 0; row < num_rows; row++)
+            prepare_row(*matrix, x + size_t(row) * matrix->depth, rows + row * input_row_bytes(*matrix));
+    });
+}
+
+int64_t bench_row_bytes(const Matrix* matrix) { return int64_t(input_row_bytes(*matrix)); }
+
+// Multiply-adds a second of all threads.
+double bench_ceiling(int format, int threads) {
+    Team team(threads);
+    if (format == INT4)
+        return rate_of<Sums>(team, 64 * INT4_TILE_ROWS, zero_sums, [](Sums* sums, const char* line) {
+#pragma GCC unroll 8
+            for (int r = 0; r < INT4_TILE_ROWS; r++) sums[r] = add_dots(sums[r], load_line(line), splat_quad(line + 4 * r));
+        });
+    if (format == INT8)
+        return rate_of<WideSums>(team, 64 * INT8_TILE_ROWS, [] { return begin_sums(0); }, [](WideSums* sums, const char* line) {
+            const WideLine loaded = load_wide(line);
+#pragma GCC unroll 8
+            for (int r = 0; r < INT8_TILE_ROWS; r++)
+                sums[r] = add_products(sums[r], loaded, reinterpret_cast<const Int8Input*>(line) + 4 * r);
+        });
+    return rate_of<Floats>(team, FLOAT_SUMS * LANES, [] { return Floats{}; }, [](Floats* sums, const char* line) {
+        const Floats loaded = load(reinterpret_cast<const float*>(line));
+#pragma GCC unroll 16
+        for (int r = 0; r < FLOAT_SUMS; r++) sums[r] += loaded * loaded;
+    });
+}
+
+// Bytes a second that all threads together read.
+double bench_read(const char* memory, int64_t bytes, int threads) {
+    Team team(threads);
+    const double best = shortest(team, 0.5, [&](int thread) {
+        const int64_t part = bytes / threads / 256 * 256;
+        Floats totals[4] = {};
+        for (int64_t place = thread * part; place < (thread + 1) * part; place += int64_t(sizeof totals))
+            for (int index = 0; index < 4; index++) totals[index] += load(reinterpret_cast<const float*>(memory + place) + index * LANES);
+        asm volatile("" : : "r"(totals) : "memory");
+    });
+    return double(bytes) / best;
+}
+}
