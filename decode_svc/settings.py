@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llm.kv.settings import KvSettings
 from tandem.server import ServerSettings
-from tandem.worker_settings import TransferSettings, WeightSettings
+from tandem.worker_settings import TransferSettings, WatchdogSettings, WeightSettings
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class DecodeSettings:
     weights: WeightSettings = field(default_factory=WeightSettings)
     kv: KvSettings = field(default_factory=KvSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
 
     def batch_on(self, device: str) -> int:

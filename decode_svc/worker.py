@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import uuid
+from collections.abc import Callable
 
 from decode_svc.batcher import BatcherLimits, DecodeBatcher
 from decode_svc.engine import DecodeEngine
@@ -26,6 +27,7 @@ from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
+from tandem.watchdog import leave_wedged, loop_guarded
 from tandem.worker.v1 import decode_pb2_grpc, status_pb2_grpc
 from tandem.worker_requests import ModelLimits
 
@@ -35,10 +37,11 @@ logger = logging.getLogger(__name__)
 async def serve(settings: DecodeSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files, loaded = await run_and_end_thread(lambda: load(settings))
-    worker = DecodeWorker(settings, files, loaded)
+    worker = DecodeWorker(settings, files, loaded, leave_wedged)
     avoid_pauses()
     await worker.start()
-    await worker.run_until_stopped()
+    async with loop_guarded(settings.watchdog.stalled_limit_s):
+        await worker.run_until_stopped()
 
 
 def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
@@ -64,7 +67,14 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
 class DecodeWorker:
     """The engine, the puller and the gRPC server of one process."""
 
-    def __init__(self, settings: DecodeSettings, files: ModelFiles, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        settings: DecodeSettings,
+        files: ModelFiles,
+        loaded: LoadedModel,
+        leave: Callable[[str], object] = lambda why: None,
+    ) -> None:
+        self._leave = leave
         self._settings = settings
         self._loaded = loaded
         self._failure: Exception | None = None
@@ -88,7 +98,7 @@ class DecodeWorker:
         config = loaded.runner.config
         self._decode = DecodeServicer(self._engine, self._puller, ModelLimits(config.vocab_size, config.context_tokens))
         self._status = StatusServicer(self._identity(files), self._snapshot)
-        self._progress = ProgressWatch(self._works, self._judged)
+        self._progress = ProgressWatch(self._works, self._judged, self._wedged, settings.watchdog.wedged_s)
         loaded.runner.report_layers(self._engine.thread.beat)
         self._add_services()
 
@@ -161,6 +171,11 @@ class DecodeWorker:
 
     def _works(self) -> dict[str, Work]:
         return {"engine": self._engine.thread.work(), "hand-off": self._puller.work()}
+
+    def _wedged(self, why: str) -> None:
+        """One that is leaving anyway has its grace."""
+        if not self._server.stopping:
+            self._leave(why)
 
     def _judged(self, healthy: bool) -> None:
         self._server.set_ready(healthy)

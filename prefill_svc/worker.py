@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 from kvtransfer.producer import KvProducer, ProducerIdentity
@@ -27,6 +28,7 @@ from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
 from tandem.status import StatusServicer, WorkerIdentity, WorkerSnapshot, condition
+from tandem.watchdog import leave_wedged, loop_guarded
 from tandem.worker.v1 import prefill_pb2_grpc, status_pb2_grpc
 from tandem.worker_requests import ModelLimits
 
@@ -37,10 +39,11 @@ async def serve(settings: PrefillSettings) -> None:
     """Loads the model, then serves; returns after an ordered shutdown, raises if the engine failed."""
     files, loaded = await run_and_end_thread(lambda: load(settings))
     port = settings.server.port or free_port(settings.server.host)
-    worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded)
+    worker = PrefillWorker(replace(settings, server=replace(settings.server, port=port)), files, loaded, leave_wedged)
     avoid_pauses()
     await worker.start()
-    await worker.run_until_stopped()
+    async with loop_guarded(settings.watchdog.stalled_limit_s):
+        await worker.run_until_stopped()
 
 
 def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
@@ -66,7 +69,14 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
 class PrefillWorker:
     """The engine, the ticket producer and the gRPC server of one process."""
 
-    def __init__(self, settings: PrefillSettings, files: ModelFiles, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        settings: PrefillSettings,
+        files: ModelFiles,
+        loaded: LoadedModel,
+        leave: Callable[[str], object] = lambda why: None,
+    ) -> None:
+        self._leave = leave
         self._settings = settings
         self._loaded = loaded
         self._failure: Exception | None = None
@@ -84,7 +94,7 @@ class PrefillWorker:
         model_limits = ModelLimits(config.vocab_size, config.context_tokens)
         self._prefill = PrefillServicer(self._engine, self._producer, files.digest, model_limits)
         self._status = StatusServicer(self._identity(files), self._snapshot)
-        self._progress = ProgressWatch(self._works, self._judged)
+        self._progress = ProgressWatch(self._works, self._judged, self._wedged, settings.watchdog.wedged_s)
         loaded.runner.report_layers(self._engine.thread.beat)
         self._add_services()
 
@@ -178,6 +188,11 @@ class PrefillWorker:
         # A decode worker that has died keeps blocks from others for one lease.
         admission = Work(held_up, load.num_admitted, excused_s=self._settings.transfer.lease_s + 1.0)
         return {"engine": self._engine.thread.work(), "admission": admission, "hand-off": self._producer.work()}
+
+    def _wedged(self, why: str) -> None:
+        """One that is leaving anyway has its grace."""
+        if not self._server.stopping:
+            self._leave(why)
 
     def _judged(self, healthy: bool) -> None:
         self._server.set_ready(healthy)

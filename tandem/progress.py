@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -60,14 +61,23 @@ def _limit_s(kind: _Kind) -> float:
 
 
 class ProgressWatch:
-    """Looks at the work every `INTERVAL_S` and calls `changed(healthy)` when the verdict changes. A task of the event loop.
+    """Looks at the work every `INTERVAL_S` and calls `changed(healthy)` when the verdict changes, and `wedged(why)` at each look
+    once some work has stood still for `wedged_s`. A task of the event loop.
 
     No engine can hold up that loop; where it hangs all the same, the status stream falls silent, which says as much.
     """
 
-    def __init__(self, works: Callable[[], Mapping[str, Work]], changed: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        works: Callable[[], Mapping[str, Work]],
+        changed: Callable[[bool], None],
+        wedged: Callable[[str], object] = lambda why: None,
+        wedged_s: float = math.inf,
+    ) -> None:
         self._works = works
         self._changed = changed
+        self._wedged = wedged
+        self._wedged_s = wedged_s
         self._judge = StallJudge()
         self._healthy = True
         self._task: asyncio.Task[None] | None = None
@@ -86,10 +96,12 @@ class ProgressWatch:
         if self._healthy == bool(stalled):
             self._healthy = not stalled
             if stalled:
-                logger.error("no progress: %s", ", ".join(f"{name} for {pause_s:.1f} s" for name, pause_s in stalled.items()))
+                logger.error("no progress: %s", _told(stalled))
             else:
                 logger.info("work moves on again")
             self._changed(self._healthy)
+        if max(stalled.values(), default=0.0) >= self._wedged_s:
+            self._wedged(f"no progress: {_told(stalled)}")
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -100,3 +112,7 @@ class ProgressWatch:
             # A process that was stopped or starved itself has not seen its work stand still for so long.
             self.look(min(now - last, 2 * INTERVAL_S))
             last = now
+
+
+def _told(stalled: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} for {pause_s:.1f} s" for name, pause_s in stalled.items())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tandem.child_process import Child, ChildSpec, LogFile
+from tandem.watchdog import WEDGED_STATUS
 
 __all__ = ["ChildFailedError", "ChildSpec", "Observer", "RestartBudget", "RestartPolicy", "Supervisor"]
 
@@ -144,6 +145,8 @@ class Supervisor:
 
 def describe_status(status: int) -> str:
     """An exit status for people: "ended with status 1", "was killed by SIGKILL"."""
+    if status == WEDGED_STATUS:
+        return "made no progress any more and ended itself (its log says where it stood)"
     if status >= 0:
         return f"ended with status {status}"
     try:

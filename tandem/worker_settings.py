@@ -1,5 +1,6 @@
 """Settings that both kinds of worker share."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,3 +37,20 @@ class TransferSettings:
     lease_s: float = field(default=5.0, metadata={"help": "seconds that finished KV blocks wait for the decode worker"})
     kv_host: str = field(default="127.0.0.1", metadata={"help": "interface for the tcp transport to listen on"})
     advertised_host: str = field(default="", metadata={"help": "host name by which other workers reach this one; empty: --host"})
+
+
+@dataclass(frozen=True)
+class WatchdogSettings:
+    """When a worker is past hope."""
+
+    stalled_limit_s: float = field(
+        default=30.0,
+        metadata={
+            "help": "seconds without progress after which the process ends, to be started again by what started it; 0: never",
+            "minimum": 0,
+        },
+    )
+
+    @property
+    def wedged_s(self) -> float:
+        return self.stalled_limit_s or math.inf

@@ -139,6 +139,27 @@ async def test_a_worker_whose_engine_hangs_is_not_ready_until_it_moves_on(kind: 
         assert (await _ready(at), await _condition(at)) == (1, operations_pb2.WORKER_CONDITION_SERVING)
 
 
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("leaving", [False, True])
+async def test_a_worker_whose_engine_hangs_for_good_ends_itself(kind: str, leaving: bool) -> None:
+    """Unless it is about to leave anyway."""
+    async with pair() as nodes:
+        at: Node = getattr(nodes, kind)
+        told: list[str] = []
+        at.worker._leave = told.append
+        with held(at) as entered:
+            answering = asyncio.create_task(generate(nodes, prefill_request(PROMPT)))
+            await entered()
+            if leaving:
+                at.worker.stop()
+            for _ in range(30):
+                at.worker._progress.look(1.0)
+                assert not told
+            at.worker._progress.look(1.0)
+            assert len(told) == (not leaving)
+        assert (await answering)[0] == completion(PROMPT, 8)
+
+
 async def test_prompts_that_wait_for_blocks_longer_than_a_lease_make_a_worker_not_ready() -> None:
     async with node("prefill", num_blocks=11, transfer=TransferSettings(lease_s=LEASE_S)) as at:
         await _prefilled(open_prefill(at, prefill_request(PROMPT)))

@@ -76,6 +76,19 @@ async def test_the_watch_tells_each_change_of_its_verdict_once() -> None:
     assert told == [False, True]
 
 
+async def test_the_watch_tells_of_what_stands_still_for_good() -> None:
+    work, told = [Work(True, 0)], list[str]()
+    watch = ProgressWatch(lambda: {"engine": work[0]}, lambda healthy: None, told.append, wedged_s=10.0)
+    for _ in range(round(9.5 / INTERVAL_S)):
+        watch.look(INTERVAL_S)
+    work[0] = Work(True, 1)
+    for _ in range(round(10 / INTERVAL_S)):
+        watch.look(INTERVAL_S)
+    assert not told, "it had moved on"
+    watch.look(INTERVAL_S)
+    assert told == ["no progress: engine for 10.0 s"]
+
+
 async def test_a_watch_that_is_closed_has_ended() -> None:
     watch = ProgressWatch(dict, lambda healthy: None)
     watch.start()
