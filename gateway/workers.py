@@ -83,8 +83,7 @@ class WorkerDirectory:
     @property
     def workers(self) -> Sequence[Worker]:
         """Every known worker, by role and address."""
-        found = [watched.worker for watched in self._watched.values()]
-        return sorted(found, key=lambda worker: (worker.role is Role.DECODE, worker.address))
+        return [watched.worker for watched in self._watched.values()]
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The channel to a known worker. KeyError if it has gone from the targets."""
@@ -144,7 +143,9 @@ class WorkerDirectory:
     def _add(self, role: Role, address: str, target: Target) -> None:
         if address not in self._watched:
             watched = _Watched(Worker(address, role), self._open_channel(address))
-            self._watched[address] = watched
+            found = [*self._watched.values(), watched]
+            found.sort(key=lambda each: (each.worker.role is Role.DECODE, each.worker.address))
+            self._watched = {each.worker.address: each for each in found}
             watched.task = asyncio.create_task(self._watch(watched))
         self._watched[address].named_by.add(target)
 

@@ -1,7 +1,6 @@
 """Tickets and layouts as protobuf messages, and back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from kvtransfer.counters import ProducerCounters, PullCounters
 from kvtransfer.packets import MAX_TEXT_BYTES
@@ -36,7 +35,7 @@ TRANSPORT_NUMBERS = {name: generation_pb2.Transport.Value(f"TRANSPORT_{name.uppe
 
 def tickets_to_proto(counters: ProducerCounters) -> operations_pb2.HandoffCounts:
     """What a prefill worker says of its hand-offs."""
-    return operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(**asdict(counters)))
+    return operations_pb2.HandoffCounts(tickets=operations_pb2.TicketCounts(**vars(counters)))
 
 
 def pulls_to_proto(rows: Sequence[PullCounters]) -> operations_pb2.HandoffCounts:
@@ -45,7 +44,7 @@ def pulls_to_proto(rows: Sequence[PullCounters]) -> operations_pb2.HandoffCounts
 
 
 def _pull_to_proto(row: PullCounters) -> operations_pb2.PullCounts:
-    counts = asdict(row)
+    counts = dict(vars(row))
     producer_id, transport = counts.pop("producer_id"), TRANSPORT_NUMBERS[counts.pop("transport")]
     return operations_pb2.PullCounts(worker_id=producer_id, transport=transport, **counts)
 

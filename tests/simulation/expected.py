@@ -25,16 +25,16 @@ class Expected:
 def expected(wish: Wish) -> Expected:
     ends = () if wish.ignore_eos else (END_TOKEN,)
     tokens = completion(wish.prompt, wish.max_tokens, wish.min_tokens, ends)
-    text = ""
-    for index, token in enumerate(tokens):
-        text += text_of(token)
+    for index in range(len(tokens) if wish.stop else 0):
         counted = text_of_all(tokens[wish.min_tokens : index + 1])
         found = min((at for stop in wish.stop if (at := counted.find(stop)) >= 0), default=None)
         if found is not None:
             shown = text_of_all(tokens[: wish.min_tokens]) + counted[:found]
             return Expected(tokens[: index + 1], shown, generation_pb2.FINISH_REASON_STOP)
     stopped = bool(tokens) and tokens[-1] in ends
-    return Expected(tokens, text, generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_LENGTH)
+    return Expected(
+        tokens, text_of_all(tokens), generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_LENGTH
+    )
 
 
 def text_of(token: int) -> str:

@@ -157,7 +157,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
 
     def sort_in(self, process: Process) -> None:
         """Among those that can go on, or out of them."""
-        able = process.alive and bool(process.ready) and not process.frozen
+        able = process.alive and not process._frozen and bool(process.ready)
         if able != process.able:
             process.able = able
             (self._able.append if able else self._able.remove)(process)

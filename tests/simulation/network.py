@@ -99,7 +99,9 @@ class Pipe:
                 self._network.hold(self)
             self._held.append((callback, arguments))
             return
-        self._deliver(callback, arguments, 0.0)
+        network = self._network
+        self._last = max(self._last + 1e-7, network.loop._now + network.delay())
+        network.loop.deliver(self.target, self._last, callback, *arguments)
 
     def flush(self, extra_s: float) -> None:
         held, self._held = self._held, []

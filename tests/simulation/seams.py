@@ -4,6 +4,7 @@ The product is not changed: it names what it uses (`time.monotonic()`, `ThreadPo
 these names are made to mean something else for as long as a simulation runs.
 """
 
+import asyncio
 import contextlib
 import random
 import secrets
@@ -14,6 +15,7 @@ import threading
 import time
 import types
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -94,13 +96,16 @@ class Seams:
     """Remembers what was there before, so that `close` puts it back."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._replacements = {id(original): replacement for original, replacement in REPLACEMENTS}
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         before = getattr(owner, name)
         self._undo.append(lambda: setattr(owner, name, before))
         setattr(owner, name, value)
+
+    def on_close(self, undo: Callable[[], object]) -> None:
+        self._undo.append(undo)
 
     def close(self) -> None:
         while self._undo:
@@ -137,6 +142,11 @@ def simulated_modules(further: Callable[[Seams], None]) -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith(PACKAGES) and "_pb2" not in name:
                 seams.replace_in(module)
+        for name in ("_all_tasks", "_scheduled_tasks"):
+            # Weak sets in Python code, to which asyncio adds every task; nobody asks a simulation for all tasks of a loop.
+            if isinstance(tasks := getattr(asyncio.tasks, name, None), weakref.WeakSet):
+                tasks.add = lambda task: None
+                seams.on_close(lambda tasks=tasks: tasks.__dict__.pop("add"))
         seams.set(grpc.aio, "server", _server)
         seams.set(grpc.aio, "insecure_channel", _insecure_channel)
         further(seams)

@@ -20,8 +20,8 @@ EPOCH_S = 1.7e9
 """The wall clock when the monotonic one is at 0."""
 
 
-def loop() -> SimulatedLoop:
-    return asyncio.get_running_loop()  # type: ignore[return-value]
+loop: Callable[[], SimulatedLoop] = asyncio.get_running_loop  # type: ignore[assignment]
+"""The running simulation's."""
 
 
 class Thread:
@@ -222,17 +222,17 @@ class Time:
 
     @staticmethod
     def monotonic() -> float:
-        return loop().time()
+        return loop()._now
 
     perf_counter = monotonic
 
     @staticmethod
     def time() -> float:
-        return EPOCH_S + loop().time() + loop().current.wall_offset_s
+        return EPOCH_S + loop()._now + loop().current.wall_offset_s
 
     @staticmethod
     def monotonic_ns() -> int:
-        return round(loop().time() * 1e9)
+        return round(loop()._now * 1e9)
 
     perf_counter_ns = monotonic_ns
 
@@ -250,19 +250,46 @@ class Time:
             thread.park()
 
 
+class NoLock:
+    """Stands for the condition of a future that nobody blocks on."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def notify_all(self) -> None:
+        pass
+
+
+_NO_LOCK = NoLock()
+
+
+class Job(futures.Future[Any]):
+    """concurrent.futures.Future, made without a lock."""
+
+    def __init__(self) -> None:
+        self._condition = _NO_LOCK  # type: ignore[assignment]
+        self._state = "PENDING"
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[..., Any]] = []
+
+
 class SimulatedExecutor(futures.Executor):
     """concurrent.futures.ThreadPoolExecutor: jobs begin a little later, at most `max_workers` at once."""
 
     def __init__(self, max_workers: int = 4, thread_name_prefix: str = "pool", **_: Any) -> None:
         self._max_workers = max_workers
         self._name = thread_name_prefix
-        self._waiting: deque[tuple[futures.Future[Any], Callable[[], Any]]] = deque()
+        self._waiting: deque[tuple[Job, Callable[[], Any]]] = deque()
         self._num_running = 0
         self._idle = Event()
         self._idle.set()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "futures.Future[Any]":
-        job: futures.Future[Any] = futures.Future()
+        job = Job()
         self._waiting.append((job, lambda: function(*args, **kwargs)))
         self._idle.clear()
         if self._num_running < self._max_workers:

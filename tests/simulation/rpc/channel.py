@@ -25,6 +25,7 @@ class Channel:
 
     def __init__(self, rpc: "Rpc", process: Process, address: str, options: dict[str, Any]) -> None:
         self.rpc = rpc
+        self.loop: SimulatedLoop = rpc.network.loop
         self.process = process
         self.address = address
         self.options = options
@@ -36,10 +37,6 @@ class Channel:
         self._back_off_s = FIRST_BACK_OFF_S
         self._attempt = 0
         self._closed = False
-
-    @property
-    def loop(self) -> SimulatedLoop:
-        return self.rpc.network.loop
 
     def unary_stream(self, path: str, *_: Any, **__: Any) -> Callable[..., "ClientCall"]:
         return lambda request, timeout=None, metadata=None, **___: ClientCall(self, path, request, timeout, metadata)
