@@ -12,6 +12,7 @@ from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
+from llm.gpu.draw_graphs import DrawGraphs
 from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, StepMemories, StepMemory, draw_rows
 from llm.gpu.step_graphs import GraphInputs, GraphSize, StepGraphs, bucket_sizes, decode_size, prompt_size, prompt_sizes
@@ -120,13 +121,15 @@ class GpuModelRunner(ModelRunner):
         """
         assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
         memory, arrays = self._memories.take(), self._captured(slices, sources)
-        if arrays is not None:
+        positions = [item.start + len(item.token_ids) for item in slices if item.logits == "last"]
+        if arrays is not None and self._graphs is not None:
             logits = self._replay(arrays, memory)
+            self._graphs.drawing.replay(logits, rows, positions, memory)
         else:
             logits = self._compute(slices, sources)
             if rows:
                 self._argmax(logits, self._drawn[: len(rows)])
-        draw_rows(logits, rows, [item.start + len(item.token_ids) for item in slices if item.logits == "last"], self._drawn)
+            draw_rows(logits, rows, positions, self._drawn)
         kept = [index for index, row in enumerate(rows) if not row.fits_device]
         if kept:
             memory.keep(logits, kept)
@@ -198,7 +201,7 @@ class GpuModelRunner(ModelRunner):
         per_sequence = -(-self.config.context_tokens // pool.shape[4])
         max_block_ids = min(largest.sequences * per_sequence, 4 * pool.shape[0] + largest.sequences)
         max_count = 1 if self._gpu.max_batch else self._gpu.attention.tile_tokens
-        graphs = StepGraphs(GraphInputs(largest, max_block_ids, self._drawn, max_count), self._step)
+        graphs = StepGraphs(GraphInputs(largest, max_block_ids, self._drawn, max_count), self._step, DrawGraphs(self._drawn))
         done: list[int] = []
         with torch.inference_mode():
             graphs.capture(sizes, lambda size: _count(done, size, len(sizes), report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ class StepMemory:
         """`drawn` [n] int32, on the device: where steps leave their tokens."""
         self.free = True
         self.staged: Staged | None = None
+        self.parameters: Staged | None = None
         self._logits: torch.Tensor | None = None
         self._drawn = drawn
         self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=drawn.is_cuda)
@@ -124,34 +126,37 @@ def draw_rows(logits: torch.Tensor, rows: Sequence[SampleRow], positions: Sequen
 
     positions: those of the new tokens.
     """
-    if not all(_is_likeliest(row) for row in rows):
+    if not all(is_likeliest(row) for row in rows):
         draw(logits[: len(rows)], _parameters(rows, positions, logits.device), drawn[: len(rows)])
 
 
-def _is_likeliest(row: SampleRow) -> bool:
+def is_likeliest(row: SampleRow) -> bool:
     """Whether the likeliest token will do; for a row that the host draws any will."""
     return row.params.is_greedy or not row.fits_device
 
 
-def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:
-    """A greedy row becomes one in which only the likeliest weigh anything, and of these the first is drawn."""
+def parameter_columns(rows: Sequence[SampleRow], positions: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+    """The columns of DrawParameters.
 
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
-
-    params = [_LIKELIEST if _is_likeliest(row) else row.params for row in rows]
+    A greedy row becomes one in which only the likeliest weigh anything, and of these the first is drawn.
+    """
+    params = [_LIKELIEST if is_likeliest(row) else row.params for row in rows]
     uniforms = [
-        0.0 if _is_likeliest(row) else uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)
+        0.0 if is_likeliest(row) else uniform(row.params.seed, position) for row, position in zip(rows, positions, strict=True)
     ]
-    top_ks = [0 if item.is_greedy else item.top_k for item in params]
-    top_ps = [1.0 if item.is_greedy else item.top_p for item in params]
-    return DrawParameters(
-        temperatures=column([0.0 if item.is_greedy else item.temperature for item in params], torch.float32),
-        top_ks=column(top_ks, torch.int32),
-        top_ps=column(top_ps, torch.float64),
-        min_ps=column([item.min_p for item in params], torch.float32),
-        uniforms=column(uniforms, torch.float64),
-        any_top_k=any(top_ks),
-        any_top_p=any(top_p < 1.0 for top_p in top_ps),
-    )
+    return {
+        "temperatures": np.array([0.0 if item.is_greedy else item.temperature for item in params], np.float32),
+        "top_ks": np.array([0 if item.is_greedy else item.top_k for item in params], np.int32),
+        "top_ps": np.array([1.0 if item.is_greedy else item.top_p for item in params], np.float64),
+        "min_ps": np.array([item.min_p for item in params], np.float32),
+        "uniforms": np.array(uniforms, np.float64),
+    }
+
+
+def _parameters(rows: Sequence[SampleRow], positions: Sequence[int], device: torch.device) -> DrawParameters:
+    columns = parameter_columns(rows, positions)
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    any_top_k, any_top_p = bool(columns["top_ks"].any()), bool((columns["top_ps"] < 1.0).any())
+    return DrawParameters(**tensors, any_top_k=any_top_k, any_top_p=any_top_p)

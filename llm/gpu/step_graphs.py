@@ -12,14 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from llm.batch import Batch, Integers
 from llm.gpu.device_batch import PER_ROW, PER_TILE, DeviceBatch, make_device_batch
+from llm.gpu.draw_graphs import DrawGraphs
 from llm.gpu.quiet_calls import QuietGraph
 from llm.gpu.step import Staged, StepMemory
+
+Result = TypeVar("Result")
 
 _PADDING = {"sources": -1, "row_blocks": -1}
 """A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens. Nobody reads its results."""
@@ -111,9 +115,10 @@ class GraphInputs:
 class StepGraphs:
     """Replays the captured step that is large enough."""
 
-    def __init__(self, inputs: GraphInputs, step: Callable[[DeviceBatch], torch.Tensor]) -> None:
+    def __init__(self, inputs: GraphInputs, step: Callable[[DeviceBatch], torch.Tensor], drawing: DrawGraphs) -> None:
         """`step` computes a batch's logits; it must do the same launches each time and never wait."""
         self.inputs = inputs
+        self.drawing = drawing
         self._step = step
         self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph | QuietGraph, torch.Tensor]] = {}
 
@@ -126,12 +131,9 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
             batch = self.inputs.batch(size)
-            self._step(batch)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._step(batch)
-            self._graphs[size] = QuietGraph(graph) if logits.is_cuda else graph, logits
+            graph, logits = _captured(lambda batch=batch: self._step(batch), pool)  # type: ignore[misc]
+            self._graphs[size] = graph, logits
+            self.drawing.capture(logits, lambda function: _captured(function, pool)[0])
             captured(size)
 
     def holds(self, arrays: Mapping[str, Integers]) -> bool:
@@ -152,6 +154,16 @@ class StepGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
+
+
+def _captured(function: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph | QuietGraph, Result]:
+    """A function's launches, and what it returned while they were captured; it is run once before."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph, pool=pool):
+        result = function()
+    return QuietGraph(graph) if torch.cuda.is_available() else graph, result
 
 
 def _shape_only(num_logits: int) -> Batch:

@@ -19,6 +19,8 @@ from tandem.random_models import RANDOM_MODELS
 from tests.fakes.paged_batches import relative_error
 
 runners = pytest.importorskip("llm.gpu.runner")
+draw_graphs = pytest.importorskip("llm.gpu.draw_graphs")
+draws = pytest.importorskip("llm.ops.gpu.draw")
 chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
 paged = pytest.importorskip("decode_svc.kernels.paged_attention")
 
@@ -134,6 +136,12 @@ def record(step):
     return recorded
 
 
+def recorded_draw(logits, parameters, out):
+    """Remembers itself in place of drawing, and nothing is drawn before it is replayed."""
+    if FakeGraph.current is not None:
+        FakeGraph.current.again = lambda: draws.draw(logits, parameters, out)
+
+
 @pytest.fixture
 def without_device(monkeypatch):
     """Lets graphs be captured where there is no device to capture them on."""
@@ -142,6 +150,7 @@ def without_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
     monkeypatch.setattr(runners, "bucket_sizes", lambda largest: (largest,))
+    monkeypatch.setattr(draw_graphs, "draw", recorded_draw)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu captures real graphs")
@@ -159,6 +168,12 @@ def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, refere
     expected = reference.forward(slices)
     assert relative_error(runner.forward(slices), expected) < 1e-5
     assert runner._drawn[:3].tolist() == expected.argmax(dim=-1).tolist()
+    for filters in ({}, {"top_k": 9, "top_p": 0.8}):
+        params = [SamplingParams(temperature=3.0, seed=i, **filters) for i in range(2)]
+        rows = [SampleRow(each, (), 0) for each in (params[0], SamplingParams(temperature=0.0), params[1])]
+        known = [SampleRow(row.params, [1] * 3, 1) for row in rows]
+        drawn = runner.start_step(slices, [-1] * 3, rows).token_ids()
+        assert drawn == [token.token_id for token in sample(expected.cpu(), known)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu captures real graphs")
