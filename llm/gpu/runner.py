@@ -142,9 +142,9 @@ class GpuModelRunner(ModelRunner):
         for slices in _warm_up_batches(self.config, self._pool_tensor(), self._gpu.max_batch > 0):
             self.forward(slices)
         if self.device.type == "cuda":
-            _lock_pages()
             if self._gpu.max_batch or self._gpu.max_tokens:
                 self._capture(report)
+            _lock_pages()
             self.start_step([SequenceSlice([0], 0, range(1))], [-1], [_SAMPLED]).token_ids()
         report(1.0, "ready")
 
@@ -245,7 +245,10 @@ _SAMPLED = SampleRow(SamplingParams(temperature=1.0, top_k=2, top_p=0.9, seed=0)
 
 
 def _lock_pages() -> None:
-    """Has torch keep page-locked memory of every size that steps use: to get more, the driver stops the device for a while."""
+    """Has torch keep page-locked memory of every size that steps use: to get more, the driver stops the device for a while.
+
+    After all captures, at each of which torch gives back what it keeps.
+    """
     sizes = [1 << power for power in range(9, 23)]
     held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(4)]
     del held
