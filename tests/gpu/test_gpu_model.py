@@ -10,7 +10,7 @@ from llm.batch import SequenceSlice
 from llm.config import load_model_config
 from llm.gpu.settings import GpuSettings
 from llm.runner import RunnerSettings
-from llm.sampling import SampleRow
+from llm.sampling import SampleRow, sample
 from llm.sampling_params import SamplingParams
 from llm.weights import WeightRequest, load_tensors
 from tests.fakes.paged_batches import relative_error
@@ -167,6 +167,27 @@ def test_steps_are_launched_ahead(config, tensors, device):
         tokens = behind.forward(slices).argmax(dim=-1).tolist()
         launched.append((started, tokens))
     assert [step.token_ids() for step, _ in launched] == [expected for _, expected in launched]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}])
+def test_captured_draws_are_those_of_launched_ones(config, tensors, device, filters):
+    """Among them a greedy row, and one that the host draws, whose logits come along."""
+    captured, plain = (make_runner(config, tensors, paged.PagedAttention(), max_batch=8) for _ in range(2))
+    captured.warm_up()
+    prompts = [SequenceSlice(list(range(5 + i, 40 + 2 * i)), 0, [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]) for i in range(5)]
+    for runner in (captured, plain):
+        runner.forward(prompts)
+    params = [SamplingParams(temperature=0.8, seed=i, **filters) for i in range(3)]
+    rows = [SampleRow(each, (), 0) for each in (*params, SamplingParams(temperature=0.0))]
+    rows.append(SampleRow(SamplingParams(temperature=0.0), (), 0, num_logprobs=1))
+    step = [SequenceSlice([7 * i + 3], len(prompts[i].token_ids), prompts[i].block_ids) for i in range(5)]
+    steps = [captured.start_step(step, [-1] * 5, rows) for _ in range(2)]
+    logits = captured.forward(step).clone()
+    known = [SampleRow(row.params, [1] * (len(item.token_ids) + 1), 1) for row, item in zip(rows, prompts, strict=True)]
+    expected = [token.token_id for token in sample(logits.cpu(), known)]
+    for started in steps:
+        assert started.token_ids()[:4] == expected[:4]
+        assert started.host_logits()[0].argmax() == expected[4]
 
 
 def _hide(item):
