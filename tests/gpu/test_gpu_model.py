@@ -172,11 +172,10 @@ def test_steps_are_launched_ahead(config, tensors, device):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}])
 def test_captured_draws_are_those_of_launched_ones(config, tensors, device, filters):
     """Among them a greedy row, and one that the host draws, whose logits come along."""
-    captured, plain = (make_runner(config, tensors, paged.PagedAttention(), max_batch=8) for _ in range(2))
+    captured = make_runner(config, tensors, paged.PagedAttention(), max_batch=8)
     captured.warm_up()
     prompts = [SequenceSlice(list(range(5 + i, 40 + 2 * i)), 0, [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]) for i in range(5)]
-    for runner in (captured, plain):
-        runner.forward(prompts)
+    captured.forward(prompts)
     params = [SamplingParams(temperature=0.8, seed=i, **filters) for i in range(3)]
     rows = [SampleRow(each, (), 0) for each in (*params, SamplingParams(temperature=0.0))]
     rows.append(SampleRow(SamplingParams(temperature=0.0), (), 0, num_logprobs=1))
