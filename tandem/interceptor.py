@@ -18,7 +18,8 @@ from grpc_status import rpc_status
 from opentelemetry import context as trace_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from tandem.errors import Outcome, Reason, TandemError, to_status
+from tandem import error_details  # loaded now: a process without free descriptors can still say so
+from tandem.errors import Outcome, Reason, TandemError
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ async def _answer_stream(behaviour: Behaviour, request: Any, context: grpc.aio.S
 async def _abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:
     """Ends the call with the error's status. A client that has gone meanwhile is no error of ours, for which gRPC would take it."""
     try:
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        await context.abort_with_status(rpc_status.to_status(error_details.encode(error)))
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,6 +18,7 @@ from tests.faults.run import BAD_MARKS
 from tests.faults.suite import Suite
 from tests.faults.traffic import DEADLINE_S, Arrival, Asked, Client
 
+TICK_S = 0.01
 SHAPE = Shape(num_prefill=3, step_ms=8.0, restart_s=0.1)
 
 
@@ -87,6 +89,29 @@ class Patient:
             lambda view: any(worker.address == address and not worker.ready for worker in view.workers), limit_s, f"{name} lost"
         )
         return time.monotonic() - began
+
+
+@asynccontextmanager
+async def machine() -> AsyncIterator[Callable[[], float]]:
+    """Gives how late, at worst, this process was run in the meantime, in seconds.
+
+    A suite on a machine that does not run it cannot tell who is dead from who is slow, and nobody can judge it.
+    """
+    worst_s = 0.0
+
+    async def tick() -> None:
+        nonlocal worst_s
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(TICK_S)
+            worst_s = max(worst_s, time.monotonic() - began - TICK_S)
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield lambda: worst_s
+    finally:
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

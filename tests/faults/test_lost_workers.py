@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests.faults.conftest import Patient
+from tests.faults.conftest import Patient, machine
+from tests.faults.oracle import Record
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -144,6 +145,28 @@ async def test_a9_a_crash_loop_costs_next_to_nothing(patient: Patient) -> None:
 
 async def test_g1_poison_fails_alone_after_at_most_two_deaths(patient: Patient) -> None:
     """A prompt that kills whoever computes it, among others that do no harm."""
+    for _ in range(TRIES):
+        async with machine() as late_s:
+            good, bad, num_deaths = await poisoned(patient)
+        if late_s() < TOO_LATE_S:
+            break
+    else:
+        pytest.skip(
+            f"void: the machine did not run this process for {late_s():.2f} s; a gateway that stands still cannot tell deaths"
+        )
+    await patient.served(good)
+    assert {record.reason for record in bad} == {"REQUEST_QUARANTINED"}
+    assert 1 <= num_deaths <= 2
+
+
+TRIES = 3
+TOO_LATE_S = 0.1
+"""Workers speak twice a second. Who was silent for longer than twice that when its connection broke has not died, as far as a
+gateway can know; and what it takes for alive may kill a third worker."""
+
+
+async def poisoned(patient: Patient) -> tuple[list[Record], list[Record], int]:
+    """The harmless requests, the same poison twice, and how many workers died of it."""
     suite, names = patient.suite, [member.name for member in patient.suite.of_kind("prefill")]
     poison = patient.ask(completion_tokens=12)
     point = f"prompt@{','.join(str(token) for token in poison.request.token_ids.ids[:8])}=crash"
@@ -153,13 +176,13 @@ async def test_g1_poison_fails_alone_after_at_most_two_deaths(patient: Patient) 
     suite.expected_crashes |= set(names)
     num_deaths = len(suite.deaths)
     good = patient.send(6)
-    bad = patient.client.send(poison)
+    bad = [patient.client.send(poison)]
     good += patient.send(6)
-    await patient.served(good)
-    await patient.finish([bad])
-    again = patient.client.send(poison)
-    await patient.finish([again])
-    assert {bad.reason, again.reason} == {"REQUEST_QUARANTINED"}
-    assert 1 <= len(suite.deaths) - num_deaths <= 2
+    await patient.finish([*good, *bad])
+    bad.append(patient.client.send(poison))
+    await patient.finish(bad)
+    num_deaths = len(suite.deaths) - num_deaths
     for name in names:
         suite.arm(name, "")
+    await suite.wait_ready()
+    return good, bad, num_deaths

@@ -35,11 +35,8 @@ def print_verdict(run: Run, title: str, replay: str, console: Console | None = N
         console.print(f"             {line}", markup=False)
     console.print(f"the gateway  {_counts(dict(run.failover))}")
     console.print(_faults(run.faults))
-    console.print(f"idle again   {'never' if run.idle_after_s is None else f'{run.idle_after_s:.1f} s after the last request'}")
-    slopes = growth_by_process(run.samples)
-    console.print(
-        f"memory       {', '.join(f'{name} {slope:+.2f}' for name, slope in slopes.items()) or '-'} MB per 1,000 requests"
-    )
+    console.print(f"blocks       {'not all free after 10 s' if run.idle_after_s is None else _freed(run.idle_after_s)}")
+    console.print(_processes(run))
     console.print(_invariants(judge(run)))
     if passed(run):
         console.print("[bold green]PASSED[/]")
@@ -58,6 +55,29 @@ def _faults(faults: Sequence[Fault]) -> Table:
         detected = [fault.detected_s for fault in of_kind if fault.detected_s is not None]
         whole = [fault.recovered_s for fault in of_kind if fault.recovered_s is not None]
         table.add_row(kind, str(len(of_kind)), _spread(detected), _spread(whole))
+    return table
+
+
+def _freed(idle_after_s: float) -> str:
+    return f"every block free, and nothing running anywhere, {idle_after_s:.1f} s after the last request"
+
+
+def _processes(run: Run) -> Table:
+    """What each held before the load and after it, and how the memory of those grew that lived long enough to tell."""
+    names = ("process", "MB per 1,000 requests", "MB before, after", "tasks before, after", "descriptors before, after")
+    table = Table(*names, box=None, pad_edge=False)
+    slopes = growth_by_process(run.samples)
+    for name, before in run.before.items():
+        growth = [f"{slope:+.2f}" for life, slope in slopes.items() if life.split()[0] == name]
+        sizes = [sample.rss_bytes / 2**20 for sample in run.samples if sample.name == name]
+        after = run.after.get(name)
+        table.add_row(
+            name,
+            ", ".join(growth) or "lived too short",
+            f"{sizes[0]:.0f}, {sizes[-1]:.0f}" if sizes else "-",
+            f"{before.tasks}, {'?' if after is None else after.tasks}",
+            f"{before.fds}, {'?' if after is None else after.fds}",
+        )
     return table
 
 
