@@ -53,10 +53,11 @@ def make_host_model(config: ModelConfig, tensors: Mapping[str, torch.Tensor], th
     library = native_library(cache_directory)
     if library is not None:
         from llm.ops.cpu.native.model import NativeModel, refusal
+        from llm.ops.cpu.native.turns import Turns, shared_path
 
         reason = refusal(config, tensors)
         if reason is None:
-            return NativeModel(config, tensors, library, threads)
+            return NativeModel(config, tensors, library, threads, Turns(library, shared_path()))
         logger.info("the native step does not take this model: %s", reason)
         if any(name.endswith(".values") for name in tensors):
             raise UnsupportedModelError(f"packed weights need the native step, which does not take this model: {reason}")

@@ -3,12 +3,14 @@
 #include <exception>
 
 #include "step.h"
+#include "turns.h"
 
 using tandem::Batch;
 using tandem::Matrix;
 using tandem::Model;
 using tandem::Pool;
 using tandem::Step;
+using tandem::Turns;
 
 namespace {
 
@@ -60,4 +62,21 @@ void tandem_prepare(const Matrix* matrix, const float* x, int num_rows, char* ro
 int tandem_multiply(const Matrix* matrix, const char* rows, int num_rows, float* out, int first, int last) {
     return guarded([&] { tandem::multiply(*matrix, rows, num_rows, out, size_t(matrix->outputs), first, last); });
 }
+
+// Null if the memory cannot be shared.
+Turns* tandem_open_turns(const char* path) {
+    Turns* turns = nullptr;
+    guarded([&] { turns = new Turns(path); });
+    if (turns && turns->shared()) return turns;
+    delete turns;
+    return nullptr;
+}
+
+void tandem_close_turns(Turns* turns) { delete turns; }
+
+int tandem_take_turn(Turns* turns, int limit_ms) { return turns->take(limit_ms); }
+
+void tandem_give_turn(Turns* turns) { turns->give(); }
+
+int tandem_turn_is_wanted(Turns* turns) { return turns->wanted(); }
 }

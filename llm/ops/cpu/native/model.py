@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from llm.batch import Batch
 from llm.config import ModelConfig
 from llm.ops.cpu.native import structures
+from llm.ops.cpu.native.turns import Turns
 from llm.weights_packed import packed_format
 from llm.weights_plan import ROPE, plan_tensors
 
@@ -37,8 +39,16 @@ def refusal(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> str | N
 class NativeModel:
     """Stands in llm.model.Model's place. Holds no state between calls; K and V live in the pool it is given."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], library: ctypes.CDLL, threads: int) -> None:
-        self.config, self._library, self._threads = config, library, threads
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, torch.Tensor],
+        library: ctypes.CDLL,
+        threads: int,
+        turns: Turns | None = None,
+    ) -> None:
+        """`turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers."""
+        self.config, self._library, self._threads, self._turns = config, library, threads, turns
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
         self._shapes = {item.name: item.shape for item in plan_tensors(config)}
@@ -50,15 +60,21 @@ class NativeModel:
             raise MemoryError("the threads of a native step could not be made")
         weakref.finalize(self, library.tandem_destroy, self._step)
 
-    def forward(self, batch: Batch, pool: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""
+        with nullcontext() if self._turns is None else self._turns.turn():
+            return self._forward(batch, pool)
+
+    def _forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         library, step, num_layers = self._library, self._step, self.config.num_layers
         logits = torch.empty(len(batch.logits_rows), self.config.vocab_size)
         described = _describe_batch(batch), _describe_pool(pool)
-        if library.tandem_begin(step, *map(ctypes.byref, described), threads or self._threads):
+        if library.tandem_begin(step, *map(ctypes.byref, described), self._threads):
             raise MemoryError(f"no memory for a step of {len(batch.positions)} tokens")
         at_once = num_layers if len(batch.positions) <= _FEW_ROWS else 1
         for first in range(0, num_layers, at_once):
+            if first and self._turns is not None:
+                self._turns.pass_on()
             library.tandem_run_layers(step, first, first + at_once)
             self.layer_done()
         library.tandem_finish(step, logits.data_ptr())

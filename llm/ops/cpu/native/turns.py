@@ -1,0 +1,65 @@
+"""Turns at computing, for workers that share cores: two steps at once would wait for the scheduler at each of their barriers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SHARED = Path("/dev/shm")
+_LIMIT_MS = 500
+"""Who waited this long computes anyway: the other may be stopped, or computing something long."""
+_DISTRUST_S = 5.0
+"""After that, nobody is waited for in this time."""
+SLICE_S = 0.05
+"""A long step keeps its turn this long while others wait, so that it is not slowed without bound by many short ones."""
+
+
+class Turns:
+    """One engine thread's turns, among all processes of this user on the same cores."""
+
+    def __init__(self, library: ctypes.CDLL, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._library, self._clock = library, clock
+        self._turns = library.tandem_open_turns(os.fsencode(path))
+        self._mine = False
+        self._taken_at = self._distrust_until = 0.0
+        if self._turns:
+            weakref.finalize(self, library.tandem_close_turns, self._turns)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wraps a step; waits for those of others that run or came first."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    def pass_on(self) -> None:
+        """Within a turn: lets others have theirs if they wait and ours was long."""
+        if self._mine and self._clock() - self._taken_at >= SLICE_S and self._library.tandem_turn_is_wanted(self._turns):
+            self._give()
+            self._take()
+
+    def _take(self) -> None:
+        if self._turns and self._clock() >= self._distrust_until:
+            self._mine = bool(self._library.tandem_take_turn(self._turns, _LIMIT_MS))
+            self._taken_at = self._clock()
+            if not self._mine:
+                self._distrust_until = self._taken_at + _DISTRUST_S
+
+    def _give(self) -> None:
+        if self._mine:
+            self._mine = False
+            self._library.tandem_give_turn(self._turns)
+
+
+def shared_path() -> Path:
+    """The same for all processes of a user that may run on the same cores."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    return _SHARED / f"tandem-turns-{os.getuid()}-{hashlib.blake2b(cores.encode(), digest_size=6).hexdigest()}"

@@ -1,0 +1,118 @@
+"""Turns among processes that share cores: taken in order, given up between layers, never waited for without end."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.ops.cpu.native import library
+from llm.ops.cpu.native.turns import SLICE_S, Turns
+from tandem.models import cache_directory
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def native() -> Any:
+    return library.load(cache_directory())
+
+
+def test_a_turn_keeps_others_out_until_it_ends(native: Any, tmp_path: Path) -> None:
+    mine, theirs = (Turns(native, tmp_path / "turns") for _ in range(2))
+    entered, ended = threading.Event(), []
+
+    def take() -> None:
+        with theirs.turn():
+            ended.append("theirs")
+
+    other = threading.Thread(target=take)
+    with mine.turn():
+        other.start()
+        assert not entered.wait(0.02)
+        ended.append("mine")
+    other.join(10)
+    assert ended == ["mine", "theirs"]
+
+
+def test_a_long_step_lets_others_in_between(native: Any, tmp_path: Path) -> None:
+    clock, order = Clock(), []
+    mine, theirs = Turns(native, tmp_path / "turns", clock), Turns(native, tmp_path / "turns")
+
+    def take() -> None:
+        with theirs.turn():
+            order.append("theirs")
+
+    other = threading.Thread(target=take)
+    with mine.turn():
+        other.start()
+        while not native.tandem_turn_is_wanted(mine._turns):
+            pass
+        mine.pass_on()
+        order.append("too early")
+        clock.now += 2 * SLICE_S
+        mine.pass_on()
+        order.append("mine again")
+    other.join(10)
+    assert order == ["too early", "theirs", "mine again"]
+
+
+def test_who_waits_too_long_goes_ahead_and_distrusts_for_a_while(native: Any, tmp_path: Path) -> None:
+    clock = Clock()
+    stopped, mine = Turns(native, tmp_path / "turns"), Turns(native, tmp_path / "turns", clock)
+    taken, over = threading.Event(), threading.Event()
+
+    def stop_in_turn() -> None:
+        with stopped.turn():
+            taken.set()
+            over.wait(60)
+
+    other = threading.Thread(target=stop_in_turn)
+    other.start()
+    assert taken.wait(60)
+    passed = []
+    for wait_s in (0.0, 1.0, 3.0):
+        clock.now += wait_s
+        with mine.turn():
+            passed.append(mine._mine)
+    over.set()
+    other.join(60)
+    clock.now += 10.0
+    with mine.turn():
+        passed.append(mine._mine)
+    assert passed == [False, False, False, True]
+
+
+def _take_and_die(path: Path) -> None:
+    turns = Turns(library.load(cache_directory()), path)
+    turns._take()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_in_its_turn_holds_nobody_up(native: Any, tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_take_and_die, args=(tmp_path / "turns",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    mine = Turns(native, tmp_path / "turns")
+    for _ in range(2):
+        with mine.turn():
+            assert mine._mine
+
+
+def test_without_shared_memory_steps_run_as_they_come(native: Any, tmp_path: Path) -> None:
+    mine = Turns(native, tmp_path / "missing" / "turns")
+    with mine.turn():
+        mine.pass_on()
+        assert not mine._mine
