@@ -63,6 +63,9 @@ int tandem_multiply(const Matrix* matrix, const char* rows, int num_rows, float*
     return guarded([&] { tandem::multiply(*matrix, rows, num_rows, out, size_t(matrix->outputs), first, last); });
 }
 
+// Fills in Phases::COUNT numbers.
+void tandem_take_phases(Step* step, int64_t* nanoseconds) { step->phases().take(nanoseconds); }
+
 // Null if the memory cannot be shared.
 Turns* tandem_open_turns(const char* path) {
     Turns* turns = nullptr;

@@ -84,6 +84,12 @@ class NativeModel:
         """How often threads gave their core away while they waited for others, since the last call."""
         return int(self._library.tandem_take_yields(self._step))
 
+    def take_phases(self) -> dict[str, float]:
+        """Milliseconds of each phase, its barriers included, since the last call."""
+        nanoseconds = (ctypes.c_int64 * len(structures.PHASES))()
+        self._library.tandem_take_phases(self._step, nanoseconds)
+        return {name: value / 1e6 for name, value in zip(structures.PHASES, nanoseconds, strict=True)}
+
     def _layer(self, index: int) -> structures.Layer:
         prefix = f"layers.{index}."
         vectors = {

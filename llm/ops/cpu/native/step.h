@@ -1,6 +1,7 @@
 // A forward pass: phases that all threads share out, with a barrier after each.
 #pragma once
 
+#include "phases.h"
 #include "rows.h"
 #include "team.h"
 #include "workspace.h"
@@ -15,6 +16,7 @@ class Step {
     Step(const Model& model, int threads) : model_(model), team_(threads) {}
 
     Team& team() { return team_; }
+    Phases& phases() { return phases_; }
 
     // Looks up the tokens' embeddings and turns positions into angles. `threads` computes this step, at most as many as there are.
     void begin(const Batch& batch, const Pool& pool, int threads) {
@@ -23,11 +25,16 @@ class Step {
         threads_ = std::clamp(threads, 1, team_.size());
         plan_.make(batch, model_.kv_heads);
         space_.lay_out(model_, batch, plan_, threads_);
-        team_.run(threads_, [this](int) { each_row(batch_.num_rows, [this](int row) { embed(row); }); });
+        phases_.begin();
+        team_.run(threads_, [this](int thread) {
+            each_row(batch_.num_rows, [this](int row) { embed(row); });
+            phases_.end(thread, Phases::EMBED);
+        });
     }
 
     // Layers first <= index < last; K and V of the batch's tokens go to the pool.
     void run_layers(int first, int last) {
+        phases_.begin();
         team_.run(threads_, [=, this](int thread) {
             for (int index = first; index < last; index++) run_layer(index, thread);
         });
@@ -36,9 +43,11 @@ class Step {
     // Logits [num_logits, vocab] of the rows that they are wanted of.
     void finish(float* logits) {
         if (batch_.num_logits == 0) return;
+        phases_.begin();
         team_.run(threads_, [=, this](int thread) {
             each_row(batch_.num_logits, [&](int row) { normalise(last_x(), row, true, model_.norm, model_.head, thread); });
             multiply_into(model_.head, batch_.num_logits, thread, logits);
+            phases_.end(thread, Phases::HEAD);
         });
     }
 
@@ -46,16 +55,23 @@ class Step {
     void run_layer(int index, int thread) {
         const Layer& layer = model_.layers[index];
         each_row(batch_.num_rows, [&](int row) { normalise(space_.x, row, index > 0, layer.attention_norm, layer.qkv, thread); });
+        phases_.end(thread, Phases::NORM);
         multiply_into(layer.qkv, batch_.num_rows, thread, space_.qkv);
+        phases_.end(thread, Phases::QKV);
         each_row(batch_.num_rows, [&](int row) { turn(row, index, layer); });
+        phases_.end(thread, Phases::TURN);
         const bool last = index == model_.num_layers - 1;
         if (last && batch_.num_logits == 0) return;  // nobody needs what follows the last layer's K and V
         pool_.format == FLOAT32 ? attend<float>(index, thread) : attend<uint16_t>(index, thread);
+        phases_.end(thread, Phases::ATTENTION);
         const int rows = last ? batch_.num_logits : batch_.num_rows;
         each_row(rows, [&](int row) { take_attended(row, last ? int(batch_.logits_rows[row]) : row, last, layer.output); });
+        phases_.end(thread, Phases::PREPARE);
         multiply_into(layer.output, rows, thread, space_.delta);
+        phases_.end(thread, Phases::OUTPUT);
         float* x = last ? last_x() : space_.x;
         each_row(rows, [&](int row) { normalise(x, row, true, layer.ffn_norm, layer.gate_up, thread); });
+        phases_.end(thread, Phases::NORM);
         feed_forward(layer, rows, thread);
     }
 
@@ -143,8 +159,11 @@ class Step {
             multiply(layer.gate_up, input(layer.gate_up, row), count, up - (ffn + first), width, ffn + first, ffn + last);
             for (int index = 0; index < count; index++) silu_mul(gate + size_t(index) * ffn + first, up + size_t(index) * width, width);
         });
+        phases_.end(thread, Phases::GATE_UP);
         each_row(rows, [&](int row) { prepare_row(layer.down, space_.inner + size_t(row) * ffn, input(layer.down, row)); });
+        phases_.end(thread, Phases::PREPARE);
         multiply_into(layer.down, rows, thread, space_.delta);
+        phases_.end(thread, Phases::DOWN);
     }
 
     void multiply_into(const Matrix& matrix, int rows, int thread, float* out) {
@@ -194,6 +213,7 @@ class Step {
 
     const Model model_;
     Team team_;
+    Phases phases_;
     Batch batch_{};
     Pool pool_{};
     DecodePlan plan_;
