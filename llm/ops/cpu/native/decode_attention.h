@@ -86,6 +86,13 @@ inline Softened soften(float* scores, int count, float scale) {
     return {peak, sum(totals)};
 }
 
+// Asks for all of a block's lines: the next block is on another page, which the hardware does not look ahead to.
+template <class Kv>
+inline void prefetch_block(const Kv* values, int count) {
+    const char* first = reinterpret_cast<const char*>(values);
+    for (size_t offset = 0; offset < count * sizeof(Kv); offset += 64) __builtin_prefetch(first + offset);
+}
+
 template <int HEADS, class Kv>
 void attend_heads(const DecodeTask& task, const Batch& batch, const Pool& pool, int layer, const float* query, float* scores,
                   float* sums, Softened* softened) {
@@ -95,25 +102,25 @@ void attend_heads(const DecodeTask& task, const Batch& batch, const Pool& pool, 
     constexpr int STRIDE = SPLIT_TOKENS + LANES;
     const float* lines[HEADS];
     for (int h = 0; h < HEADS; h++) lines[h] = query + h * size;
-    auto each_block = [&](auto body) {
+    const auto lines_of = [&](int kind, int position) {
+        return values + pool.place(blocks[position / block_tokens], layer, kind, task.kv_head) + position % block_tokens * size;
+    };
+    const auto each_block = [&](int kind, auto body) {
         for (int done = 0; done < task.count;) {
-            int position = task.begin + done, offset = position % block_tokens;
-            int count = std::min(block_tokens - offset, task.count - done);
-            body(blocks[position / block_tokens], offset, count, done);
+            const int position = task.begin + done;
+            const int count = std::min(block_tokens - position % block_tokens, task.count - done);
+            const int left = std::min(block_tokens, task.count - done - count);
+            if (left > 0) prefetch_block(lines_of(kind, position + count), left * size);
+            body(lines_of(kind, position), count, done);
             done += count;
         }
     };
-    each_block([&](int block, int offset, int count, int done) {
-        const Kv* keys = values + pool.place(block, layer, 0, task.kv_head) + offset * size;
-        __builtin_prefetch(values + pool.place(block, layer, 1, task.kv_head) + offset * size);
-        score_block<HEADS>(lines, keys, count, size, scores + done, STRIDE);
-    });
+    prefetch_block(lines_of(1, task.begin), std::min(block_tokens, task.count) * size);
+    each_block(0, [&](const Kv* keys, int count, int done) { score_block<HEADS>(lines, keys, count, size, scores + done, STRIDE); });
     const float scale = 1.0f / std::sqrt(float(size));
     for (int h = 0; h < HEADS; h++) softened[h] = soften(scores + h * STRIDE, task.count, scale);
     std::fill(sums, sums + HEADS * size, 0.0f);
-    each_block([&](int block, int offset, int count, int done) {
-        add_block<HEADS>(scores + done, STRIDE, values + pool.place(block, layer, 1, task.kv_head) + offset * size, count, size, sums);
-    });
+    each_block(1, [&](const Kv* block, int count, int done) { add_block<HEADS>(scores + done, STRIDE, block, count, size, sums); });
 }
 
 // Unscaled sums of a group's heads, then highest score and sum of weights: [group, head_dim + 2] into `partial`.

@@ -38,16 +38,13 @@ Step* tandem_create(const Model* model, int threads) {
 
 void tandem_destroy(Step* step) { delete step; }
 
-int tandem_begin(Step* step, const Batch* batch, const Pool* pool, int threads) {
-    return guarded([&] { step->begin(*batch, *pool, threads); });
+int tandem_begin(Step* step, const Batch* batch, const Pool* pool) {
+    return guarded([&] { step->begin(*batch, *pool); });
 }
 
 void tandem_run_layers(Step* step, int first, int last) { step->run_layers(first, last); }
 
 void tandem_finish(Step* step, float* logits) { step->finish(logits); }
-
-// Since the last call; see Team.
-int64_t tandem_take_yields(Step* step) { return step->team().take_yields(); }
 
 // One matrix alone, on the calling thread.
 int64_t tandem_row_bytes(const Matrix* matrix) { return int64_t(tandem::input_row_bytes(*matrix)); }

@@ -110,10 +110,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "tandem_create": (pointer, [pointer, number]),
         "tandem_destroy": (None, [pointer]),
-        "tandem_begin": (number, [pointer, pointer, pointer, number]),
+        "tandem_begin": (number, [pointer, pointer, pointer]),
         "tandem_run_layers": (None, [pointer, number, number]),
         "tandem_finish": (None, [pointer, pointer]),
-        "tandem_take_yields": (ctypes.c_int64, [pointer]),
         "tandem_row_bytes": (ctypes.c_int64, [pointer]),
         "tandem_prepare": (None, [pointer, pointer, number, pointer]),
         "tandem_multiply": (number, [pointer, pointer, number, pointer, number, number]),

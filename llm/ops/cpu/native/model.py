@@ -48,7 +48,7 @@ class NativeModel:
         turns: Turns | None = None,
     ) -> None:
         """`turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers."""
-        self.config, self._library, self._threads, self._turns = config, library, threads, turns
+        self.config, self._library, self._turns = config, library, turns
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
         self._shapes = {item.name: item.shape for item in plan_tensors(config)}
@@ -69,7 +69,7 @@ class NativeModel:
         library, step, num_layers = self._library, self._step, self.config.num_layers
         logits = torch.empty(len(batch.logits_rows), self.config.vocab_size)
         described = _describe_batch(batch), _describe_pool(pool)
-        if library.tandem_begin(step, *map(ctypes.byref, described), self._threads):
+        if library.tandem_begin(step, *map(ctypes.byref, described)):
             raise MemoryError(f"no memory for a step of {len(batch.positions)} tokens")
         at_once = num_layers if len(batch.positions) <= _FEW_ROWS else 1
         for first in range(0, num_layers, at_once):
@@ -79,10 +79,6 @@ class NativeModel:
             self.layer_done()
         library.tandem_finish(step, logits.data_ptr())
         return logits
-
-    def take_yields(self) -> int:
-        """How often threads gave their core away while they waited for others, since the last call."""
-        return int(self._library.tandem_take_yields(self._step))
 
     def take_phases(self) -> dict[str, float]:
         """Milliseconds of each phase, its barriers included, since the last call."""

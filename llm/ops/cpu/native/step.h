@@ -18,16 +18,15 @@ class Step {
     Team& team() { return team_; }
     Phases& phases() { return phases_; }
 
-    // Looks up the tokens' embeddings and turns positions into angles. `threads` computes this step, at most as many as there are.
-    void begin(const Batch& batch, const Pool& pool, int threads) {
+    // Looks up the tokens' embeddings and turns positions into angles.
+    void begin(const Batch& batch, const Pool& pool) {
         batch_ = batch;
         pool_ = pool;
-        threads_ = std::clamp(threads, 1, team_.size());
         plan_.make(batch, model_.kv_heads);
-        space_.lay_out(model_, batch, plan_, threads_);
+        space_.lay_out(model_, batch, plan_, team_.size());
         phases_.begin();
-        team_.run(threads_, [this](int thread) {
-            each_row(batch_.num_rows, [this](int row) { embed(row); });
+        team_.run([this](int thread) {
+            each_row(batch_.num_rows, thread, [this](int row) { embed(row); });
             phases_.end(thread, Phases::EMBED);
         });
     }
@@ -35,17 +34,15 @@ class Step {
     // Layers first <= index < last; K and V of the batch's tokens go to the pool.
     void run_layers(int first, int last) {
         phases_.begin();
-        team_.run(threads_, [=, this](int thread) {
-            for (int index = first; index < last; index++) run_layer(index, thread);
-        });
+        for (int index = first; index < last; index++) team_.run([=, this](int thread) { run_layer(index, thread); });
     }
 
     // Logits [num_logits, vocab] of the rows that they are wanted of.
     void finish(float* logits) {
         if (batch_.num_logits == 0) return;
         phases_.begin();
-        team_.run(threads_, [=, this](int thread) {
-            each_row(batch_.num_logits, [&](int row) { normalise(last_x(), row, true, model_.norm, model_.head, thread); });
+        team_.run([=, this](int thread) {
+            each_row(batch_.num_logits, thread, [&](int row) { normalise(last_x(), row, true, model_.norm, model_.head, thread); });
             multiply_into(model_.head, batch_.num_logits, thread, logits);
             phases_.end(thread, Phases::HEAD);
         });
@@ -54,23 +51,23 @@ class Step {
    private:
     void run_layer(int index, int thread) {
         const Layer& layer = model_.layers[index];
-        each_row(batch_.num_rows, [&](int row) { normalise(space_.x, row, index > 0, layer.attention_norm, layer.qkv, thread); });
+        each_row(batch_.num_rows, thread, [&](int row) { normalise(space_.x, row, index > 0, layer.attention_norm, layer.qkv, thread); });
         phases_.end(thread, Phases::NORM);
         multiply_into(layer.qkv, batch_.num_rows, thread, space_.qkv);
         phases_.end(thread, Phases::QKV);
-        each_row(batch_.num_rows, [&](int row) { turn(row, index, layer); });
+        each_row(batch_.num_rows, thread, [&](int row) { turn(row, index, layer); });
         phases_.end(thread, Phases::TURN);
         const bool last = index == model_.num_layers - 1;
         if (last && batch_.num_logits == 0) return;  // nobody needs what follows the last layer's K and V
         pool_.format == FLOAT32 ? attend<float>(index, thread) : attend<uint16_t>(index, thread);
         phases_.end(thread, Phases::ATTENTION);
         const int rows = last ? batch_.num_logits : batch_.num_rows;
-        each_row(rows, [&](int row) { take_attended(row, last ? int(batch_.logits_rows[row]) : row, last, layer.output); });
+        each_row(rows, thread, [&](int row) { take_attended(row, last ? int(batch_.logits_rows[row]) : row, last, layer.output); });
         phases_.end(thread, Phases::PREPARE);
         multiply_into(layer.output, rows, thread, space_.delta);
         phases_.end(thread, Phases::OUTPUT);
         float* x = last ? last_x() : space_.x;
-        each_row(rows, [&](int row) { normalise(x, row, true, layer.ffn_norm, layer.gate_up, thread); });
+        each_row(rows, thread, [&](int row) { normalise(x, row, true, layer.ffn_norm, layer.gate_up, thread); });
         phases_.end(thread, Phases::NORM);
         feed_forward(layer, rows, thread);
     }
@@ -117,7 +114,7 @@ class Step {
     template <class Kv>
     void attend(int index, int thread) {
         const size_t lines = model_.group() * (model_.head_dim + 2);
-        each_task(int(plan_.tasks.size()), [&](int number) {
+        each_task(int(plan_.tasks.size()), thread, [&](int number) {
             const DecodeTask& task = plan_.tasks[number];
             const float* query = space_.qkv + size_t(task.row) * model_.qkv_size() + task.kv_head * model_.group() * model_.head_dim;
             attend_task<Kv>(task, batch_, pool_, index, query, model_.group(), space_.scratch(thread), space_.partial + number * lines);
@@ -131,8 +128,8 @@ class Step {
         Chunk chunk(batch_, sequence);
         chunk.keys = space_.keys;
         chunk.values = space_.values;
-        each_task(chunk.num_gathers(pool_.kv_heads), [&](int task) { gather_strip<Kv>(chunk, batch_, pool_, index, task); });
-        each_task(chunk.num_tiles(model_.group()) * pool_.kv_heads, [&](int task) {
+        each_task(chunk.num_gathers(pool_.kv_heads), thread, [&](int task) { gather_strip<Kv>(chunk, batch_, pool_, index, task); });
+        each_task(chunk.num_tiles(model_.group()) * pool_.kv_heads, thread, [&](int task) {
             attend_tile(chunk, pool_, task, model_.group(), space_.qkv, model_.qkv_size(), space_.attended, space_.scratch(thread));
         });
     }
@@ -160,7 +157,7 @@ class Step {
             for (int index = 0; index < count; index++) silu_mul(gate + size_t(index) * ffn + first, up + size_t(index) * width, width);
         });
         phases_.end(thread, Phases::GATE_UP);
-        each_row(rows, [&](int row) { prepare_row(layer.down, space_.inner + size_t(row) * ffn, input(layer.down, row)); });
+        each_row(rows, thread, [&](int row) { prepare_row(layer.down, space_.inner + size_t(row) * ffn, input(layer.down, row)); });
         phases_.end(thread, Phases::PREPARE);
         multiply_into(layer.down, rows, thread, space_.delta);
         phases_.end(thread, Phases::DOWN);
@@ -182,13 +179,13 @@ class Step {
             const int first = grains * thread / active * GRAIN_OUTPUTS;
             const int last = std::min(outputs, grains * (thread + 1) / active * GRAIN_OUTPUTS);
             if (first < last) work(0, rows, first, last);
-            return team_.meet();
+            return team_.meet(thread);
         }
         const int columns = (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
         int tall = LARGEST_TILE_ROWS;
         while (tall > SMALLEST_TILE_ROWS && columns * tiles(rows, tall) < TASKS_PER_THREAD * team_.active()) tall /= 2;
         const int lines = tiles(rows, tall);
-        each_task(columns * lines, [&](int task) {
+        each_task(columns * lines, thread, [&](int task) {
             const int row = task % lines * tall, first = task / lines * TILE_OUTPUTS;
             work(row, std::min(tall, rows - row), first, std::min(outputs, first + TILE_OUTPUTS));
         });
@@ -198,17 +195,17 @@ class Step {
 
     // Calls work(row) for each row, on whichever thread is free; then all meet.
     template <class Work>
-    void each_row(int rows, Work work) {
+    void each_row(int rows, int thread, Work work) {
         const int at_once = rows <= FEW_ROWS ? 1 : 16;
-        each_task(tiles(rows, at_once), [&](int task) {
+        each_task(tiles(rows, at_once), thread, [&](int task) {
             for (int row = task * at_once; row < std::min(rows, (task + 1) * at_once); row++) work(row);
         });
     }
 
     template <class Work>
-    void each_task(int count, Work work) {
+    void each_task(int count, int thread, Work work) {
         for (int task = team_.take(); task < count; task = team_.take()) work(task);
-        team_.meet();
+        team_.meet(thread);
     }
 
     const Model model_;
@@ -218,7 +215,6 @@ class Step {
     Pool pool_{};
     DecodePlan plan_;
     Workspace space_;
-    int threads_ = 1;
 };
 
 }  // namespace tandem

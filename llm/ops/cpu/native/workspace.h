@@ -34,7 +34,7 @@ struct Workspace {
         const size_t gathered = gathered_tokens(batch) * model.kv_heads * model.head_dim;
         keys = memory_[9].take<float>(2 * gathered);
         values = keys + gathered;
-        scratch_floats_ = scratch_floats(model, batch.num_rows, threads);
+        scratch_floats_ = scratch_floats(model, batch.num_rows);
         scratch_ = memory_[10].take<float>(threads * scratch_floats_);
     }
 
@@ -49,9 +49,9 @@ struct Workspace {
         return most;
     }
 
-    static size_t scratch_floats(const Model& model, int rows, int threads) {
+    static size_t scratch_floats(const Model& model, int rows) {
         const size_t attention = std::max(decode_scratch_floats(model.head_dim), tile_scratch_floats(model.head_dim));
-        const size_t few = size_t(std::min(rows, FEW_ROWS)) * (model.ffn / threads + 2 * GRAIN_OUTPUTS);
+        const size_t few = size_t(std::min(rows, FEW_ROWS)) * (model.ffn + 2 * GRAIN_OUTPUTS);  // one thread may compute all
         const size_t many = size_t(LARGEST_TILE_ROWS) * TILE_OUTPUTS;
         return (std::max({attention, few, many, size_t(model.hidden)}) + 15) / 16 * 16;
     }
