@@ -1,7 +1,8 @@
 """What a device needs of a decode step, laid out in a few operations over all its sequences at once.
 
 The same arrays as those of llm.gpu.device_batch.host_arrays. A step of few milliseconds has hundreds of sequences of hundreds of
-blocks each: nothing here is done block by block, and little sequence by sequence.
+blocks each: nothing here is done block by block, and little sequence by sequence. Nor is anything done for which numpy lets other
+threads have the interpreter, as for sorting and for copies of more than 500 elements; see llm.gpu.quiet_calls.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def decode_arrays(slices: Sequence[SequenceSlice], sources: Sequence[int] | None
     places = block_starts[:-1] + positions // block_tokens
     assert (places < block_starts[1:]).all(), "a slice without room in its blocks"
     rows = np.arange(count, dtype=np.int32)
-    order = np.argsort(-positions, kind="stable").astype(np.int32)
+    order = np.array(sorted(range(count), key=positions.tolist().__getitem__, reverse=True), np.int32)
     return {
         "token_ids": np.fromiter((item.token_ids[0] for item in slices), np.int32, count),
         "sources": np.full(count, -1, np.int32) if sources is None else np.asarray(sources, np.int32),

@@ -84,9 +84,10 @@ class GraphInputs:
         self._stride = max(largest.length(name) for name in _FIXED)
         self._drawn, self._max_count = drawn, max_count
         self._memory = torch.zeros(len(_FIXED) * self._stride + max_block_ids, dtype=torch.int32, device=drawn.device)
-        self._padding = np.zeros((len(_FIXED), self._stride), np.int32)
+        padding = np.zeros((len(_FIXED), self._stride), np.int32)
         for index, name in enumerate(_FIXED):
-            self._padding[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
+            padding[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
+        self._padding = padding.reshape(-1)
 
     def fits(self, arrays: Mapping[str, Integers]) -> bool:
         return len(_FIXED) * self._stride + len(arrays["block_ids"]) <= self._memory.shape[0]
@@ -98,11 +99,12 @@ class GraphInputs:
     def upload(self, arrays: Mapping[str, Integers], staged: Staged) -> None:
         """One copy; it waits for nothing and is ordered before what is launched next. `staged` must not be under way any more."""
         num_fixed, block_ids = self._padding.size, arrays["block_ids"]
-        fixed = staged.values[:num_fixed].reshape(self._padding.shape)
-        fixed[:] = self._padding
+        values = staged.values.data  # numpy would let others have the interpreter while it copies
+        values[:num_fixed] = self._padding.data
         for index, name in enumerate(_FIXED):
-            fixed[index, : len(arrays[name])] = arrays[name]
-        staged.values[num_fixed : num_fixed + len(block_ids)] = block_ids
+            begin = index * self._stride
+            values[begin : begin + len(arrays[name])] = arrays[name].data
+        values[num_fixed : num_fixed + len(block_ids)] = block_ids.data
         staged.copy(num_fixed + len(block_ids))
 
     def batch(self, size: GraphSize) -> DeviceBatch:
