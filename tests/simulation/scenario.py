@@ -110,7 +110,7 @@ FLOOD_BLOCKS = 128
 SHORT_TOKENS = 4
 """At most, of the short prompt in a flood of long ones."""
 
-EVENTS_PER_WISH = 500
+EVENTS_PER_WISH = 220
 """Roughly; disturbances come at any of them."""
 
 HOUR_S = 3600
