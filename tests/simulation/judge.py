@@ -1,6 +1,7 @@
 """What each request of a scenario may end with (I1, I2, I9, A1 to A6, E2)."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import grpc
 
@@ -38,7 +39,8 @@ def limit_s(wish: Wish) -> float:
 
 
 def must_succeed(wish: Wish, scenario: Scenario) -> bool:
-    """Whether one fault of one worker is all that stands against a request, and there are other workers, and room."""
+    """Whether all that stands against a request is one fault of one worker, or broken links that spare a pair of workers, and
+    there are other workers, and room."""
     roomy = (
         min(scenario.prefill_blocks, scenario.decode_blocks) >= ROOMY_BLOCKS
         and scenario.max_prompts > 8
@@ -46,10 +48,26 @@ def must_succeed(wish: Wish, scenario: Scenario) -> bool:
     )
     alone = len(scenario.prefills) == 1 or len(scenario.decodes) == 1
     poisoned = any(each.poisonous for each in scenario.wishes)
-    several = len(scenario.harm) > 1 or gateway_disturbed(scenario)
+    several = len(scenario.harm) > 1 and not links_spare_a_pair(scenario)
     impatient = wish.cancel_after_events is not None or limit_s(wish) < MAX_DEADLINE_S
     crowded = scenario.max_queued < len(scenario.wishes)
-    return roomy and not (alone or poisoned or several or impatient or crowded or wish.client in scenario.slow_clients)
+    hopeless = alone or poisoned or several or impatient or crowded or gateway_in_trouble(scenario)
+    return roomy and not hopeless and wish.client not in scenario.slow_clients
+
+
+def links_spare_a_pair(scenario: Scenario) -> bool:
+    """Whether nothing but links break, and one prefill and one decode worker keep theirs to each other and to the gateway."""
+    if any(each.fault is not Fault.CUT for each in scenario.harm):
+        return False
+    broken = {frozenset((each.target, each.other)) for each in scenario.harm}
+    pairs = ((prefill, decode) for prefill in scenario.prefills for decode in scenario.decodes)
+    return any(broken.isdisjoint(map(frozenset, combinations(("gateway", *pair), 2))) for pair in pairs)
+
+
+def gateway_in_trouble(scenario: Scenario) -> bool:
+    """Itself, or its way to its clients."""
+    workers = set(scenario.workers)
+    return any("gateway" in (each.target, each.other) and not workers & {each.target, each.other} for each in scenario.harm)
 
 
 def gateway_disturbed(scenario: Scenario) -> bool:

@@ -185,7 +185,7 @@ def _scenario(random: Random, seed: int) -> Scenario:
     decodes = tuple(f"d{number}" for number in range(random.choice((1, 2, 2))))
     clients = tuple(f"c{number}" for number in range(2))
     num_wishes = random.randint(2, 6)
-    scarce = random.random() < 0.4
+    scarce = random.random() < 0.5
     wishes = _wishes(random, num_wishes, clients)
     return Scenario(
         seed=seed,
@@ -194,11 +194,11 @@ def _scenario(random: Random, seed: int) -> Scenario:
         prefill_blocks=random.randint(12, 24) if scarce else ROOMY_BLOCKS,
         decode_blocks=random.randint(14, 26) if scarce else ROOMY_BLOCKS,
         token_budget=random.choice((5, 8, 16, 64)),
-        max_prompts=random.choice((2, 16, 16)),
+        max_prompts=random.choice((2, 16)) if scarce else 16,
         max_batch=random.choice((1, 4, 8)),
-        max_sequences=random.choice((2, 16, 16)),
+        max_sequences=random.choice((2, 16)) if scarce else 16,
         max_running=random.choice((2, 4, 16)),
-        max_queued=random.choice((1, 8, 8)),
+        max_queued=random.choice((1, 8)) if scarce else 8,
         lease_s=random.choice((1.0, 5.0)),
         prefix_cache=random.random() < 0.8,
         transports=random.choice((("shm",), ("tcp",), ("shm", "tcp"))),
@@ -243,7 +243,7 @@ def _tokens(random: Random, count: int) -> tuple[int, ...]:
 
 
 def _disturbances(random: Random, prefills: tuple[str, ...], decodes: tuple[str, ...], num_events: int) -> tuple[Disturbance, ...]:
-    if random.random() < 0.06:
+    if random.random() < 0.1:
         when = random.randint(0, num_events)
         return tuple(_cut(random, prefills, decodes, when) for _ in range(2))  # two links at the same moment
     count = random.choice((0, 1, 1, 1, 2, 3))
