@@ -219,6 +219,7 @@ class Attempt:
             finally:
                 turn.end()
                 await end(call)
+                self._inflow = None  # it holds this attempt: without a cycle, all of a request is freed when it ends
 
     async def _read_decode(self, call: grpc.aio.UnaryStreamCall, inflow: Inflow, turn: Turn, arrived: Callable[[], None]) -> None:
         while (event := await read(call)) is not None:

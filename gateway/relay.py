@@ -82,6 +82,7 @@ class Relay:
         except TandemError as error:
             if error.reason is Reason.REQUEST_QUARANTINED:
                 self._quarantine.add(job)
+            _forget_frames(error)
             raise user_error(error, completion.num_tokens) from error
 
     async def _until_ended(self, underway: Underway, recovery: Recovery) -> Ending:
@@ -92,6 +93,7 @@ class Relay:
                 try:
                     return await attempt.run()
                 except HopFailed as failure:
+                    _forget_frames(failure, failure.error)
                     recovery.passed(attempt.passed)
                     recovery.failed(failure, await self._note(failure, underway, number, recovery))
                     if Hop.PREFILL in attempt.passed:
@@ -148,6 +150,12 @@ class Relay:
         if number > 1:
             self.counts.num_migrations += underway.completion.num_tokens > 0
             self.counts.num_retries += underway.completion.num_tokens == 0
+
+
+def _forget_frames(*errors: Exception) -> None:
+    """What is remembered of a failure would otherwise hold the frames that hold it, and all of the request with them."""
+    for error in errors:
+        error.__traceback__ = None
 
 
 def user_error(error: TandemError, num_tokens: int) -> TandemError:

@@ -116,6 +116,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def _serve(self, method: str, context: grpc.aio.ServicerContext, answer: Callable[[], Awaitable[Any]]) -> Any:
         call, counts = self._enter(method)
+        current = _current.set(call)
         token = trace_context.attach(_propagator.extract(_trace_headers(context)))
         try:
             response = await answer()
@@ -137,15 +138,16 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             error = _as_tandem_error(raised, method)
         finally:
             trace_context.detach(token)
+            _current.reset(current)  # the task's context would hold the call, and so the task, for as long as itself
             self._running.discard(call)
         _count(counts, error.outcome)
+        error.__traceback__ = None  # it would hold this frame, which holds the error
         await _abort(context, error)
 
     def _enter(self, method: str) -> tuple[Call, CallCounts]:
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
         call, counts = Call(method, task), self.counts[method]
-        _current.set(call)
         self._running.add(call)
         counts.received += 1
         return call, counts
