@@ -63,7 +63,6 @@ inline void store_reals(float* target, Reals value) {
 // INT8: weights are widened to 16 bits, of which an instruction multiplies and adds pairs. Inputs 0 and 2 of a quad are one pair, 1 and 3 the
 // other: so can bytes be widened where they lie.
 using Int8Input = int16_t;
-constexpr int INPUT_ORDER[QUAD] = {0, 2, 1, 3};
 constexpr int WEIGHT_OFFSET = 0;
 struct WideSums {
     __m256i low, high;  // 32 bits

@@ -84,7 +84,6 @@ inline void store_reals(float* target, Reals value) { std::memcpy(target, &value
 
 // INT8: weights are bytes that have WEIGHT_OFFSET added, which a group's sums begin with taken away.
 using Int8Input = int8_t;
-constexpr int INPUT_ORDER[QUAD] = {0, 1, 2, 3};
 constexpr int WEIGHT_OFFSET = 128;
 using WideSums = Sums;
 using WideLine = Line;

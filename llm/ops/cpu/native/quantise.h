@@ -2,10 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
-#include "integers.h"
+// Either has largest_magnitude and RoundedGroup. The former is above every float if any value is infinite or NaN: their bits, taken as
+// integers, are above those of the others.
+#if defined(TANDEM_PLAIN) || !defined(__AVX2__)
+#include "round_plain.h"
+#else
+#include "round_avx2.h"
+#endif
 
 namespace tandem {
 
@@ -28,15 +33,6 @@ struct Span {
     bool finite() const { return scale == scale; }
 };
 
-// The largest magnitude; above every float if any value is infinite or NaN, whose bits, taken as integers, are above those of the others.
-inline float largest_magnitude(const float* x) {
-    int32_t most = 0;
-    for (int index = 0; index < GROUP; index++) most = std::max(most, load_word(x + index) & 0x7FFFFFFF);
-    float value;
-    std::memcpy(&value, &most, sizeof value);
-    return value;
-}
-
 // A row made ready: integers from -127 to 127, a scale for each group, and each group's integers added up. Depths that are no multiple of a
 // group are filled up with zeros.
 struct RowLayout {
@@ -49,32 +45,20 @@ struct RowLayout {
     float* scales(void* row) const { return reinterpret_cast<float*>(static_cast<char*>(row) + integer_bytes); }
 };
 
-// Quantises a group and returns its integers' sum. They are rounded to nearest, halves to even.
-inline int32_t quantise_group(const float* x, float* scale, int32_t* integers) {
-    const Span span(largest_magnitude(x));
-    *scale = span.scale;
-    if (!span.finite()) {
-        std::fill_n(integers, GROUP, 0);
-        return 0;
-    }
-    int32_t sum = 0;
-    for (int index = 0; index < GROUP; index++) {
-        integers[index] = int32_t(std::nearbyint(x[index] * span.inverse));
-        sum += integers[index];
-    }
-    return sum;
-}
-
-// Calls take(group, scale, integers, their sum) for each group of a row.
+// Calls take(group, scale, rounded integers) for each group of a row. Halves are rounded to even.
 template <class Take>
 inline void each_group(const float* x, int depth, Take take) {
     for (int group = 0; group * GROUP < depth; group++) {
         const int have = std::min(GROUP, depth - group * GROUP);
-        float padded[GROUP], scale;
-        int32_t integers[GROUP];
-        if (have < GROUP) std::fill(std::copy_n(x + group * GROUP, have, padded), padded + GROUP, 0.0f);
-        const int32_t sum = quantise_group(have < GROUP ? padded : x + group * GROUP, &scale, integers);
-        take(group, scale, integers, sum);
+        const float* values = x + group * GROUP;
+        float padded[GROUP];
+        if (have < GROUP) {
+            std::fill(std::copy_n(values, have, padded), padded + GROUP, 0.0f);
+            values = padded;
+        }
+        const Span span(largest_magnitude(values));
+        static constexpr float nothing[GROUP] = {};
+        take(group, span.scale, RoundedGroup(span.finite() ? values : nothing, span.inverse));
     }
 }
 
@@ -85,10 +69,10 @@ inline void quantise_int4(const float* x, int depth, void* row) {
     const RowLayout layout = int4_row(depth);
     int8_t* integers = static_cast<int8_t*>(row);
     float *scales = layout.scales(row), *sums = scales + layout.groups;
-    each_group(x, depth, [=](int group, float scale, const int32_t* values, int32_t sum) {
-        for (int index = 0; index < GROUP; index++) integers[group * GROUP + index] = int8_t(values[index]);
+    each_group(x, depth, [=](int group, float scale, const RoundedGroup& values) {
+        values.store(integers + group * GROUP);
         scales[group] = scale;
-        sums[group] = scale * float(sum);
+        sums[group] = scale * float(values.sum());
     });
 }
 
@@ -100,11 +84,10 @@ inline void quantise_int8(const float* x, int depth, void* row) {
     Int8Input* integers = static_cast<Int8Input*>(row);
     float* scales = layout.scales(row);
     int32_t* beginnings = reinterpret_cast<int32_t*>(scales + layout.groups);
-    each_group(x, depth, [=](int group, float scale, const int32_t* values, int32_t sum) {
-        for (int index = 0; index < GROUP; index++)
-            integers[group * GROUP + index] = Int8Input(values[index / QUAD * QUAD + INPUT_ORDER[index % QUAD]]);
+    each_group(x, depth, [=](int group, float scale, const RoundedGroup& values) {
+        values.store(integers + group * GROUP);
         scales[group] = scale;
-        beginnings[group] = -WEIGHT_OFFSET * sum;
+        beginnings[group] = -WEIGHT_OFFSET * values.sum();
     });
 }
 
