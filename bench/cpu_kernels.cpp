@@ -52,14 +52,17 @@ template <class Sums, class Begin, class Add>
 double rate_of(Team& team, int multiply_adds, Begin begin, Add add) {
     constexpr int ROUNDS = 20000, LINES = 8;
     const double best = shortest(team, 0.2, [&](int) {
-        alignas(64) static thread_local char memory[64 * LINES * 4];
+        alignas(64) char memory[64 * (LINES + 4)] = {};
         Sums sums[FLOAT_SUMS];
         for (int r = 0; r < FLOAT_SUMS; r++) sums[r] = begin();
         for (int round = 0; round < ROUNDS; round++) {
-            asm volatile("" : : "r"(memory) : "memory");
-            add(sums, memory + round % LINES * 64);
+            const char* line = memory + round % LINES * 64;
+            asm volatile("" : "+r"(line));  // the compiler is not to know that lines stay the same
+            add(sums, line);
         }
-        asm volatile("" : : "r"(sums) : "memory");
+        Sums kept[FLOAT_SUMS];
+        for (int r = 0; r < FLOAT_SUMS; r++) kept[r] = sums[r];
+        asm volatile("" : : "r"(kept) : "memory");
     });
     return double(ROUNDS) * multiply_adds * team.size() / best;
 }
@@ -117,7 +120,8 @@ double bench_read(const char* memory, int64_t bytes, int threads) {
         Floats totals[4] = {};
         for (int64_t place = thread * part; place < (thread + 1) * part; place += int64_t(sizeof totals))
             for (int index = 0; index < 4; index++) totals[index] += load(reinterpret_cast<const float*>(memory + place) + index * LANES);
-        asm volatile("" : : "r"(totals) : "memory");
+        const Floats total = totals[0] + totals[1] + totals[2] + totals[3];
+        asm volatile("" : : "m"(total));
     });
     return double(bytes) / best;
 }
