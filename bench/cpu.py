@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(str(error))
     arguments.output.mkdir(parents=True, exist_ok=True)
     floors = measure_floors(files, arguments.threads)
-    with peers_at(arguments, files) as peers, suite_at(arguments.address, ["--model", arguments.model, *arguments.up]) as address:
+    with peers_at(arguments, files) as peers, suite_at(arguments.address, ours(arguments)) as address:
         servers = asyncio.run(measure(arguments, address, peers))
     report(arguments, servers, floors)
 
@@ -53,11 +53,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that peers are installed in")
     parser.add_argument("--no-peers", action="store_true", help="start none")
     parser.add_argument("--openai", nargs="+", default=[], metavar="NAME=URL", help="servers that run already")
+    parser.add_argument(
+        "--weights", default="int4", help="ours: peers multiply four-bit weights by eight-bit numbers, as int4 does"
+    )
     parser.add_argument("--address", help="gateway of a running suite; by default one is started")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     parser.add_argument("--up", nargs=argparse.REMAINDER, default=[], help="arguments for the `tandem up` that is started; last")
     return parser.parse_args(argv)
+
+
+def ours(arguments: argparse.Namespace) -> Sequence[str]:
+    """What our suite is told."""
+    return ("--model", arguments.model, "--weights", arguments.weights, *arguments.up)
 
 
 @contextlib.contextmanager

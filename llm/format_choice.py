@@ -20,7 +20,7 @@ import torch
 from llm.batch import SequenceSlice
 from llm.config import load_model_config
 from llm.errors import UnsupportedModelError
-from llm.format_check import ALLOWED_CHANGE, Checker, Verdict
+from llm.format_check import ALLOWED_CHANGE, LEAST_AGREEMENT, Checker, Verdict
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from llm.runner import ModelRunner, RunnerSettings
@@ -37,6 +37,7 @@ _CONTEXT_TOKENS = 128
 _BATCHES = (1, 16)
 _BLOCK_TOKENS = 16
 _REPEATS = 3
+_LIMITS = f"{100 * ALLOWED_CHANGE:g} % and {100 * LEAST_AGREEMENT:g} %"
 _MARGIN = 1.1
 """A wider format must be this much faster to be chosen: narrower ones take less memory."""
 
@@ -119,9 +120,9 @@ def pick(times: Mapping[WeightFormat, Sequence[float]], verdict: Callable[[Weigh
         found = None if format == "fp32" else verdict(format)
         if found is None or found.passed:
             if found is not None:
-                reasons.append(f"predictions change by {found.percent}")
+                reasons.append(f"against fp32: {found.words}")
             return FormatChoice(format, "; ".join(reasons))
-        reasons.append(f"{format} refused, predictions change by {found.percent}, more than {100 * ALLOWED_CHANGE:g} %")
+        reasons.append(f"{format} not taken unasked: {found.words}, where {_LIMITS} are wanted")
     raise AssertionError("fp32 is always measured")
 
 

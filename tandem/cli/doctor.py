@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -18,7 +19,7 @@ from tandem.cli.devices import TorchReport, cpu_features, torch_report
 from tandem.cli.handoff_check import handoff_reports
 from tandem.cli.terminal import output
 from tandem.cli.versions import DISTRIBUTION, installed
-from tandem.models import ModelError, cache_directory, resolve_model
+from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 
 Mark = Literal["ok", "warn", "missing"]
 
@@ -149,6 +150,19 @@ def _files(model: str) -> Iterator[Finding]:
         yield Finding("warn", "model", str(error).splitlines()[0])
     else:
         yield Finding("ok", "model", f"{files.name} at {files.path}" if files.path else files.name)
+        yield from _weights(files)
+
+
+def _weights(files: ModelFiles) -> Iterator[Finding]:
+    """The formats that workers have chosen for this model here, latest first; they leave their choices in the cache."""
+    prefix = files.digest.replace(":", "-")[:40]
+    for role in ("prefill", "decode"):
+        found = sorted((cache_directory() / "formats").glob(f"{role}-{prefix}-*.json"), key=lambda path: path.stat().st_mtime)
+        try:
+            choice = json.loads(found[-1].read_text())
+            yield Finding("ok", f"{role} weights", f"{choice['format']}: {choice['reason']}")
+        except (IndexError, OSError, ValueError, KeyError, TypeError):
+            yield Finding("ok", f"{role} weights", "chosen at the first start, by measurement; --weights says otherwise")
 
 
 def _network(port: int) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from tandem.cli.app import app
 from tandem.cli.devices import TorchReport, torch_report
 from tandem.cli.handoff_check import HandoffReport, handoff_reports
 from tandem.downloads import pinned_path
-from tandem.models import PINNED_MODELS, cache_directory
+from tandem.models import PINNED_MODELS, cache_directory, resolve_model
 
 CPU_ONLY = TorchReport(version="2.13.0", cpu_capability="AVX2", num_threads=2)
 COMMANDS = ("up", "generate", "chat", "status", "pull", "doctor", "version")
@@ -48,6 +48,18 @@ def test_doctor_on_a_laptop(doctor: Callable[..., Result]) -> None:
     assert "✓" in line_of(result, "torch on CPU") and "!" in line_of(result, "GPU")
     assert "✓" in line_of(result, "tcp") and "needs a CUDA GPU" in line_of(result, "cuda_ipc")
     assert "tandem pull" in line_of(result, "model") and "free" in line_of(result, "port")
+
+
+def test_doctor_says_which_weights_were_chosen_and_why(doctor: Callable[..., Result], tmp_path: Path) -> None:
+    files = resolve_model("random:tiny")
+    (tmp_path / "formats").mkdir()
+    path = tmp_path / "formats" / f"decode-{files.digest.replace(':', '-')[:40]}-machine-kernels.json"
+    path.write_text('{"format": "int8", "reason": "measured"}')
+    result = doctor("--model", "random:tiny")
+    assert "int8: measured" in line_of(result, "decode weights")
+    assert "chosen at the first start" in line_of(result, "prefill weights")
+    path.write_text("{")
+    assert "chosen at the first start" in line_of(doctor("--model", "random:tiny"), "decode weights")
 
 
 def test_doctor_names_gpus(doctor: Callable[..., Result]) -> None:

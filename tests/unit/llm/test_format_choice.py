@@ -13,7 +13,7 @@ from llm.format_choice import FormatChoice, kernels_name, machine_name, pick, re
 from llm.runner import RunnerSettings
 from llm.weight_format import WeightFormat
 
-GOOD, BAD = Verdict(0.004, 0.006), Verdict(0.002, 0.03)
+GOOD, BAD = Verdict(0.004, 0.006, 0.99, 0.985), Verdict(0.002, 0.03, 0.99, 0.99)
 
 
 def test_a_choice_is_measured_once(tmp_path: Path) -> None:
@@ -72,7 +72,22 @@ def test_the_fastest_that_predicts_well_is_taken(
     )
     assert (choice.format, seen) == (chosen, asked)
     assert "at batches of 1 and 2: fp32 400.0 and 500.0 ms, bf16 200.0 and 300.0 ms" in choice.reason
-    assert ("int4 refused, predictions change by 0.20 % in prompts and 3.00 % behind them" in choice.reason) == (int4 is BAD)
+    refused = "int4 not taken unasked: perplexity +3.00 %, 99.0 % of the likeliest tokens kept, where 1 % and 98 % are wanted"
+    assert (refused in choice.reason) == (int4 is BAD)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "passed"),
+    [
+        (Verdict(0.01, 0.01, 0.98, 0.98), True),
+        (Verdict(0.011, 0.0, 1.0, 1.0), False),
+        (Verdict(0.0, 0.011, 1.0, 1.0), False),
+        (Verdict(0.0, 0.0, 0.979, 1.0), False),
+        (Verdict(0.0, 0.0, 1.0, 0.979), False),
+    ],
+)
+def test_both_roles_must_keep_perplexity_and_likeliest_tokens(verdict: Verdict, passed: bool) -> None:
+    assert verdict.passed == passed
 
 
 def test_fp32_needs_to_be_clearly_faster_and_no_check() -> None:
