@@ -20,7 +20,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench.transfer_processes import Case, Consumer, Export, Figures, Pair, ask, producer_process
+from bench.transfer_processes import Case, Consumer, Export, Figures, Pair, ask, load_native, producer_process
+from bench.transfer_protection import bare, measure_cost
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 
@@ -32,9 +33,13 @@ _SLOW_BYTES = 1 << 29
 
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
-    results = dict(_on_gpus(arguments) if arguments.gpu else _on_cpu(arguments))
+    load_native()
+    name, run = ("transfer_gpu", _on_gpus) if arguments.gpu else ("transfer", _on_cpu)
+    if arguments.protection:
+        name, run = "transfer_protection", _protection
+    results = dict(run(arguments))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / ("transfer_gpu.json" if arguments.gpu else "transfer.json")
+    path = arguments.output / f"{name}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written: {path}")
 
@@ -42,6 +47,7 @@ def main() -> None:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures the KV hand-off between two processes of this machine.")
     parser.add_argument("--gpu", action="store_true", help="pools in GPU memory, Llama-3.1-8B's blocks, several sizes")
+    parser.add_argument("--protection", action="store_true", help="what checksums and heartbeats cost, on the CPU")
     parser.add_argument("--transports", nargs="+", help="default: all that such pools can take")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -60,6 +66,23 @@ def _on_cpu(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         pair = Pair(layout, layout.blocks_for(arguments.prompt_tokens), "cpu", "cpu")
         rows = measure(pair, cases)
         print_table(rows, f"{dtype}, the last {arguments.chunk_tokens} tokens late")
+        yield dtype, rows
+
+
+def _protection(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    for dtype in arguments.dtypes:
+        layout = KvLayout(30, 3, 64, 16, dtype)
+        pair = Pair(layout, layout.blocks_for(arguments.prompt_tokens), "cpu", "cpu")
+        rows = {}
+        for name in arguments.transports or ["shm", "tcp"]:
+            case = Case(name, arguments.prompt_tokens, arguments.chunk_tokens, arguments.rounds)
+            with (
+                producer_process(pair) as protected,
+                producer_process(bare(pair)) as unprotected,
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
+                rows[name] = asdict(runner.run(measure_cost((protected, unprotected), pair, case)))
+        print_table(rows, f"{dtype}: with checksums and heartbeats, and without")
         yield dtype, rows
 
 

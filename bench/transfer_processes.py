@@ -6,12 +6,13 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.figures import percentile
+from kvtransfer.blocks import MakeBlocks, blocks_of
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import KvTransferServicer
@@ -19,8 +20,10 @@ from kvtransfer.ticket import KvTicket
 from llm.kv.exported_memory import ExportedMemory
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
+from llm.ops.cpu.native import library
 from tandem.addresses import free_port
 from tandem.channels import open_internal_channel
+from tandem.models import cache_directory
 from tandem.server import Server, ServerSettings, run
 from tandem.worker.v1 import kv_pb2_grpc
 
@@ -35,6 +38,8 @@ class Pair:
     num_blocks: int
     producer_device: str
     consumer_device: str
+    make_blocks: MakeBlocks = blocks_of
+    """How the producer reads its blocks, and the consumer its own."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,12 @@ def _run_producer(pipe: Connection, pair: Pair) -> None:
 
 async def _produce(pipe: Connection, pair: Pair) -> None:
     """Obeys until the other side closes the pipe."""
+    load_native()
     pool = await asyncio.to_thread(KvPool.create, pair.layout, pair.num_blocks, pair.producer_device)
     pool.tensor.normal_()
     port = free_port("127.0.0.1")
     identity = ProducerIdentity("bench-producer", *DIGESTS, f"127.0.0.1:{port}")
-    producer = KvProducer(pool, identity, lease_s=30.0, free=lambda block_ids: None)
+    producer = KvProducer(pool, identity, lease_s=30.0, free=lambda block_ids: None, make_blocks=pair.make_blocks)
     server = Server("bench", ServerSettings(port=port, grace_s=0.1))
     server.add(
         kv_pb2_grpc.add_KvTransferServiceServicer_to_server, KvTransferServicer(producer), "tandem.worker.v1.KvTransferService"
@@ -137,6 +143,12 @@ def _obey(order: Grant | Finish | Export, producer: KvProducer, pool: KvPool) ->
             return ticket
 
 
+def load_native() -> None:
+    """As a worker on a CPU does with its model; without a compiler blocks are copied plainly."""
+    with suppress(library.NativeUnavailableError):
+        library.load(cache_directory())
+
+
 async def _no_step() -> None:
     """There is nothing to drain."""
 
@@ -149,32 +161,37 @@ def scattered(num_blocks: int, count: int) -> list[int]:
 class Consumer:
     """Pulls from the producer that obeys at the other end of the pipe, by one transport."""
 
-    def __init__(self, pipe: Connection, puller: KvPuller, pool: KvPool) -> None:
+    def __init__(self, pipe: Connection, puller: KvPuller, pool: KvPool, *, beats: bool) -> None:
         self._pipe = pipe
         self._puller = puller
         self._pool = pool
+        self._beats = beats
 
     @classmethod
     @asynccontextmanager
-    async def over(cls, pipe: Connection, pool: KvPool, transport: str) -> AsyncIterator["Consumer"]:
-        puller = KvPuller(pool, pool.layout, *DIGESTS, channels=open_internal_channel, transports=(transport,))
+    async def over(
+        cls, pipe: Connection, pool: KvPool, transport: str, make_blocks: MakeBlocks = blocks_of, *, beats: bool = True
+    ) -> AsyncIterator["Consumer"]:
+        """`beats`: whether it sends heartbeats."""
+        channels = open_internal_channel
+        puller = KvPuller(pool, pool.layout, *DIGESTS, channels=channels, transports=(transport,), make_blocks=make_blocks)
         try:
-            yield cls(pipe, puller, pool)
+            yield cls(pipe, puller, pool, beats=beats)
         finally:
             await puller.close()
 
     async def measure(self, case: Case) -> Figures:
         for _ in range(2):
-            await self._late_chunk(case)
-        whole = [await self._whole_prompt(case) for _ in range(case.rounds)]
-        late = [await self._late_chunk(case) for _ in range(case.rounds)]
+            await self.late_chunk(case)
+        whole = [await self.whole_prompt(case) for _ in range(case.rounds)]
+        late = [await self.late_chunk(case) for _ in range(case.rounds)]
         num_bytes = self._pool.layout.blocks_for(case.prompt_tokens) * self._pool.layout.block_bytes
         whole_ms = statistics.median(whole)
         return Figures(num_bytes / 2**20, num_bytes / whole_ms / 1e6, whole_ms, statistics.median(late), percentile(late, 99))
 
-    async def _whole_prompt(self, case: Case) -> float:
+    async def whole_prompt(self, case: Case) -> float:
         """Milliseconds of a pull whose blocks were ready, checksums and all, before it began."""
-        ticket: KvTicket = await ask(self._pipe, Grant(case.prompt_tokens, case.prompt_tokens))
+        ticket = await self._ticket(Grant(case.prompt_tokens, case.prompt_tokens))
         await asyncio.sleep(0.02)
         began = time.monotonic_ns()
         await self._puller.pull(ticket, self._block_ids(ticket))
@@ -182,9 +199,9 @@ class Consumer:
         await self._puller.release(ticket)
         return took / 1e6
 
-    async def _late_chunk(self, case: Case) -> float:
+    async def late_chunk(self, case: Case) -> float:
         """Milliseconds from the last chunk's end until the pull's, where the rest has long arrived."""
-        ticket: KvTicket = await ask(self._pipe, Grant(case.prompt_tokens, case.prompt_tokens - case.chunk_tokens))
+        ticket = await self._ticket(Grant(case.prompt_tokens, case.prompt_tokens - case.chunk_tokens))
         pulling = asyncio.create_task(self._puller.pull(ticket, self._block_ids(ticket)))
         ended: list[int] = []
         pulling.add_done_callback(lambda _: ended.append(time.monotonic_ns()))
@@ -193,6 +210,10 @@ class Consumer:
         await pulling
         await self._puller.release(ticket)
         return (ended[0] - finished_ns) / 1e6
+
+    async def _ticket(self, order: Grant) -> KvTicket:
+        ticket: KvTicket = await ask(self._pipe, order)
+        return ticket if self._beats else replace(ticket, heartbeat=None)
 
     def _block_ids(self, ticket: KvTicket) -> Sequence[int]:
         return scattered(self._pool.num_blocks, len(ticket.block_ids))

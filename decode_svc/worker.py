@@ -104,6 +104,7 @@ class DecodeWorker:
 
     async def start(self) -> str:
         """Serves; returns host:port."""
+        await self._puller.start()
         self._engine.start()
         port = await self._server.start()
         self._server.set_ready(True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Protocol
 
 from kvtransfer.host_blocks import HostBlocks
@@ -29,8 +29,11 @@ class Blocks(Protocol):
 
     def checksums(self, block_ids: BlockIds) -> Sums: ...
 
-    def warm_up(self, threads: Executor, num_threads: int) -> None:
-        """Has the threads that will use the blocks make ready; returns at once."""
+    def warm_up(self, threads: Executor, num_threads: int) -> Sequence[Future[None]]:
+        """Has the threads that will use the blocks make ready; returns at once, with what is to be waited for before serving."""
+
+
+MakeBlocks = Callable[[KvPool], "HostBlocks | DeviceBlocks"]
 
 
 def blocks_of(pool: KvPool) -> HostBlocks | DeviceBlocks:

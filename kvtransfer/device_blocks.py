@@ -1,7 +1,8 @@
 """A pool's blocks in GPU memory, as transfers see them."""
 
 import threading
-from concurrent.futures import Executor
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 
 import torch
 
@@ -24,7 +25,7 @@ class DeviceBlocks:
         self._pool = pool
         self._thread = threading.local()
 
-    def warm_up(self, threads: Executor, num_threads: int) -> None:
+    def warm_up(self, threads: Executor, num_threads: int) -> Sequence[Future[None]]:
         """Compiles the kernels and makes each thread's stream, which takes a second; nothing of that is left for a busy moment."""
         together, one_at_a_time = threading.Barrier(num_threads), threading.Lock()
 
@@ -33,8 +34,7 @@ class DeviceBlocks:
             with one_at_a_time:
                 self._lane.warm_up()
 
-        for _ in range(num_threads):
-            threads.submit(warm_up)
+        return [threads.submit(warm_up) for _ in range(num_threads)]
 
     def checksums(self, block_ids: BlockIds) -> Sums:
         return self._lane.checksums(block_ids)

@@ -187,10 +187,9 @@ class Crew:
 
 @dataclass(frozen=True)
 class Pull:
-    """One attempt at a ticket's blocks. `source_ids`: the producer's."""
+    """One attempt at a ticket's blocks."""
 
     ticket: KvTicket
-    source_ids: BlockIds
     destination: Destination
     crew: Crew
 

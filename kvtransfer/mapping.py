@@ -4,8 +4,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvtransfer.host_blocks import Memory
 from kvtransfer.mapped_file import map_file
+from llm.kv.host_copies import Memory
 from llm.kv.memory_file import MemoryFile
 
 

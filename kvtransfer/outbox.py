@@ -110,7 +110,11 @@ class Checksummer:
         self._blocks = blocks
         self._failed = failed
         self._threads = WatchedThreads(CHECKSUM_THREADS, "kv-checksum")
-        blocks.warm_up(self._threads, CHECKSUM_THREADS)
+        self._warming = blocks.warm_up(self._threads, CHECKSUM_THREADS)
+
+    async def warm(self) -> None:
+        """Returns once the threads are ready for work: what comes before would look as if they stood still."""
+        await asyncio.gather(*map(asyncio.wrap_future, self._warming))
 
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.blocks import blocks_of
+from kvtransfer.blocks import MakeBlocks, blocks_of
 from kvtransfer.choice import offerable
 from kvtransfer.counters import ProducerCounters
 from kvtransfer.frames import NewsFrame
@@ -62,6 +62,7 @@ class KvProducer:
         kv_host: str = "127.0.0.1",
         kv_advertised_host: str | None = None,
         heart: Callable[[Pulse, str, str], HeartServer] = HeartServer,
+        make_blocks: MakeBlocks = blocks_of,
     ) -> None:
         self.identity = identity
         self.transports = offerable(check_names(transports), pool)
@@ -72,7 +73,7 @@ class KvProducer:
         self._clock = clock
         self._ledger = TicketLedger(clock, lease_s, free)
         self._outboxes: dict[str, Outbox] = {}
-        blocks = blocks_of(pool)
+        blocks = make_blocks(pool)
         self._checksummer = Checksummer(blocks, self._fail)
         self._stage = stage_of(blocks)
         self.links = None if isinstance(blocks, HostBlocks) else Links(blocks)
@@ -91,6 +92,7 @@ class KvProducer:
 
     async def start(self) -> None:
         """Listens for consumers; before the first grant."""
+        await self._checksummer.warm()
         self._heartbeat = HeartbeatPort(self._advertised_host, await asyncio.to_thread(self._heart.start))
         self._port = KvPort(self._advertised_host, await self._server.start())
         self._offers = tuple(offer_for(name, self._pool, self._port) for name in self.transports)

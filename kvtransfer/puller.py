@@ -1,5 +1,6 @@
 """The consuming side of the hand-off: fetches a ticket's blocks into blocks of the own pool."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -7,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import grpc.aio
-import numpy as np
 
-from kvtransfer.blocks import blocks_of
+from kvtransfer.blocks import MakeBlocks, blocks_of
 from kvtransfer.choice import Chooser, TransportChoice, offer_of
 from kvtransfer.connections import Answer
 from kvtransfer.counters import PullCounters, PullTally
@@ -60,11 +60,12 @@ class KvPuller:
         transports: Sequence[str] = TRANSPORTS,
         lifelines: Lifelines = Lifeline,
         clock: Callable[[], float] = time.monotonic,
+        make_blocks: MakeBlocks = blocks_of,
     ) -> None:
         self._layout = layout
         self._model_digest = model_digest
         self._tokenizer_digest = tokenizer_digest
-        self._blocks = blocks_of(pool)
+        self._blocks = make_blocks(pool)
         self._stage = stage_of(self._blocks)
         self._peers = Peers(channels, lifelines)
         self._clock = clock
@@ -72,7 +73,11 @@ class KvPuller:
         self._pulled = PulledTickets(clock)
         self._chooser = Chooser(check_names(transports), pool, self._blocks, self._peers)
         self._threads = WatchedThreads(THREADS, "kv-pull")
-        self._blocks.warm_up(self._threads, THREADS)
+        self._warming = self._blocks.warm_up(self._threads, THREADS)
+
+    async def start(self) -> None:
+        """Before the first pull, if that is to be as quick as the others."""
+        await asyncio.gather(*map(asyncio.wrap_future, self._warming))
 
     @property
     def transports(self) -> tuple[str, ...]:
@@ -179,7 +184,7 @@ class KvPuller:
         state = destination.state
         destination.begin_attempt()
         async with Crew(destination, self._threads, self._blocks, THREADS) as crew:
-            pull = Pull(ticket, np.array(ticket.block_ids, np.int32), destination, crew)
+            pull = Pull(ticket, destination, crew)
             connections = peer.connections(_port_of(ticket, choice.transport))
             async with connections.pulling(ticket, state.num_verified, with_blocks=choice.transport == "tcp") as answer:
                 first_token_id = await self._fetch(choice.transport, peer, answer, pull)

@@ -5,6 +5,8 @@ A block is only told once it is complete on the producer's device, so nothing ha
 
 from collections.abc import AsyncGenerator, Callable
 
+import numpy as np
+
 from kvtransfer.fence import Fence
 from kvtransfer.frames import NewsFrame
 from kvtransfer.intake import Pull, follow
@@ -16,7 +18,7 @@ Copy = Callable[[BlockIds, BlockIds], Sums]
 
 async def fetch(frames: AsyncGenerator[NewsFrame, None], copy: Copy, fence: Fence, pull: Pull) -> int:
     """Copies the blocks that `frames` tell of; returns and raises what `follow` does, and TICKET_NOT_FOUND as the fence does."""
-    source_ids, block_ids = pull.source_ids, pull.destination.block_ids
+    source_ids, block_ids = np.array(pull.ticket.block_ids, np.int32), pull.destination.block_ids
 
     def copied(first: int, last: int) -> Sums:
         return copy(source_ids[first:last], block_ids[first:last])

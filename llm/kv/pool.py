@@ -6,6 +6,8 @@ import contextlib
 import mmap
 import os
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm.kv.device_memory import DeviceMemory
@@ -68,6 +70,12 @@ class KvPool:
     def exported(self) -> ExportedMemory | None:
         """How others open the pool if it is a GPU's; None otherwise, or once closed."""
         return None if self._device_memory is None else self._device_memory.exported
+
+    @property
+    def host_bytes(self) -> npt.NDArray[np.uint8]:
+        """The whole memory, not copied; on CPU only."""
+        assert self._bytes is not None, "the pool is closed or not in host memory"
+        return np.frombuffer(self._bytes, np.uint8)
 
     def block_view(self, block_id: int) -> memoryview:
         """A block's bytes, writable and not copied; on CPU only. IndexError if there is no such block."""

@@ -3,8 +3,9 @@
 import kvtransfer.blocks
 import llm.steps
 import prefill_svc.engine
-from kvtransfer.host_blocks import HostBlocks, Memory
+from kvtransfer.host_blocks import HostBlocks
 from llm.kv.block_arrays import BlockIds, Sums
+from llm.kv.host_copies import Memory, PlainCopies
 from llm.kv.pool import KvPool
 from tests.simulation import model, threads
 from tests.simulation.seams import Seams
@@ -15,14 +16,15 @@ class SlowBlocks(HostBlocks):
 
     def __init__(self, pool: KvPool) -> None:
         super().__init__(pool)
-        self.least_per_job, self.num_per_job = 1, 2
+        self.num_per_turn, self.least_per_job, self.num_per_job = 1, 1, 2
+        self._copies = PlainCopies(pool.layout.block_bytes)
 
     def checksums(self, block_ids: BlockIds) -> Sums:
         _pause()
         return super().checksums(block_ids)
 
     def fetch(self, memory: Memory, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        size = self._block_bytes
+        size = self._pool.layout.block_bytes
         for source_id, block in zip(source_ids.tolist(), block_ids.tolist(), strict=True):
             source, target, half = memory[source_id * size : (source_id + 1) * size].data, self.view(block), size // 2
             target[:half] = source[:half]

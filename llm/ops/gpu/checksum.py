@@ -3,41 +3,27 @@
 """XXH3 with 64 bits and seed 0 of KV blocks where they lie, so that both ends of a hand-off may check on the host or the device.
 
 A block's 1,024-byte stretches are summed in parallel; what must run in order (a scramble of eight 64-bit lanes after each
-stretch) runs in one warp for each block. Source: the XXH3 specification, "long" inputs. Reference: the xxhash package.
+stretch) runs in one warp for each block.
 """
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-_STRETCH_BYTES = 1024
-_SECRET = bytes.fromhex(
-    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
-    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364ea"
-    "c5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-)
-_PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
-_PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-_START = (_PRIME32[2], _PRIME64[0], _PRIME64[1], _PRIME64[2], _PRIME64[3], _PRIME32[1], _PRIME64[4], _PRIME32[0])
+from llm.ops import xxh3
+
 _STRETCHES = 8
 """Of one program of the first kernel."""
 _AHEAD = 32
-_KEYS, _LAST_KEYS, _SCRAMBLE_KEYS, _MERGE_KEYS, _STARTS = 0, 24, 32, 40, 48
-"""Where each group of 64-bit constants begins in the table given to the kernels."""
 
 
 @lru_cache(maxsize=8)
 def _constants(device: torch.device) -> torch.Tensor:
-    def keys(offset: int, count: int) -> tuple[int, ...]:
-        return struct.unpack_from(f"<{count}q", _SECRET, offset)
-
-    start = struct.unpack("<8q", struct.pack("<8Q", *_START))
-    return torch.tensor([*keys(0, 24), *keys(121, 8), *keys(128, 8), *keys(11, 8), *start], dtype=torch.int64, device=device)
+    return torch.tensor(xxh3.table(), dtype=torch.int64, device=device)
 
 
 @triton.jit
@@ -106,7 +92,7 @@ def _finish_kernel(
 
 def checksum_room(pool: torch.Tensor, count: int) -> torch.Tensor:
     """What `block_checksums` needs beside for up to `count` blocks: a sixteenth of their size."""
-    return torch.empty(count, pool[0].numel() * pool.element_size() // _STRETCH_BYTES, 8, dtype=torch.int64, device=pool.device)
+    return torch.empty(count, pool[0].numel() * pool.element_size() // xxh3.STRETCH_BYTES, 8, dtype=torch.int64, device=pool.device)
 
 
 def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,18 +101,18 @@ def block_checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Ten
     A block is a whole number of 1,024 bytes, which every layout of at least 16 tokens and 64 bytes a head's row is.
     """
     num_bytes = pool[0].numel() * pool.element_size()
-    assert num_bytes % _STRETCH_BYTES == 0, "blocks are whole stretches of 1,024 bytes"
-    count, num_stretches = block_ids.shape[0], num_bytes // _STRETCH_BYTES
+    assert num_bytes % xxh3.STRETCH_BYTES == 0, "blocks are whole stretches of 1,024 bytes"
+    count, num_stretches = block_ids.shape[0], num_bytes // xxh3.STRETCH_BYTES
     sums = checksum_room(pool, count) if room is None else room
     out = torch.empty(count, dtype=torch.int64, device=pool.device)
     if count:
         table = _constants(pool.device)
         words = pool.view(pool.shape[0], -1).view(torch.int64)
         _sum_stretches_kernel[(count, triton.cdiv(num_stretches, _STRETCHES))](
-            words, block_ids, table, sums, num_stretches, LAST_KEYS=_LAST_KEYS, STRETCHES=_STRETCHES, num_warps=4
+            words, block_ids, table, sums, num_stretches, LAST_KEYS=xxh3.LAST_KEYS, STRETCHES=_STRETCHES, num_warps=4
         )
         _finish_kernel[(count,)](
             sums, table, out, num_stretches, num_bytes,
-            SCRAMBLE_KEYS=_SCRAMBLE_KEYS, MERGE_KEYS=_MERGE_KEYS, STARTS=_STARTS, AHEAD=_AHEAD, num_warps=1,
+            SCRAMBLE_KEYS=xxh3.SCRAMBLE_KEYS, MERGE_KEYS=xxh3.MERGE_KEYS, STARTS=xxh3.STARTS, AHEAD=_AHEAD, num_warps=1,
         )  # fmt: skip
     return out

@@ -6,15 +6,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from kvtransfer import host_blocks
 from kvtransfer.connection import Connection
-from kvtransfer.host_blocks import Memory
+from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.kv_messages import PullMessage, encode
 from kvtransfer.ticket import TcpOffer
 from llm.kv.allocator import BlockAllocator
+from llm.kv.block_arrays import Sums
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
@@ -26,17 +27,15 @@ MINE = tuple(range(20, 28))
 @contextmanager
 def frozen_copies(monkeypatch: pytest.MonkeyPatch, *, after: bool) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Holds a reader's thread before or after its copy, as SIGSTOP would: `entered`, and `leave` for the test to set."""
-    whole, entered, leave = host_blocks._copy, threading.Event(), threading.Event()
+    whole, entered, leave = HostBlocks.fetch, threading.Event(), threading.Event()
 
-    def copy(source: Memory, target: memoryview) -> None:
-        if after:
-            whole(source, target)
+    def fetch(*arguments: Any) -> Sums:
+        found = whole(*arguments) if after else None
         entered.set()
         assert leave.wait(30)
-        if not after:
-            whole(source, target)
+        return whole(*arguments) if found is None else found
 
-    monkeypatch.setattr(host_blocks, "_copy", copy)
+    monkeypatch.setattr(HostBlocks, "fetch", fetch)
     yield entered, leave
     leave.set()
 

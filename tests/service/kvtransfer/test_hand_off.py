@@ -3,17 +3,19 @@
 import asyncio
 import threading
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
 
-from kvtransfer import host_blocks
 from kvtransfer import producer as producer_module
 from kvtransfer import puller as puller_module
 from kvtransfer.counters import ProducerCounters, PullCounters
-from kvtransfer.host_blocks import Memory
+from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.pull_state import PullState
 from kvtransfer.ticket import KvTicket
+from llm.kv.block_arrays import BlockIds, Sums
+from llm.kv.host_copies import Memory
 from tandem.errors import Reason, TandemError
 from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, LEASE_S, NUM_BLOCKS, transfer
 
@@ -180,15 +182,17 @@ async def test_a_block_that_stays_damaged_is_never_used(transport: str) -> None:
 @pytest.mark.parametrize("num_damages", [1, 2])
 async def test_a_block_damaged_on_the_way_is_fetched_again(num_damages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     left = [num_damages]
-    whole = host_blocks._copy
+    whole = HostBlocks.fetch
 
-    def damaging(source: Memory, target: memoryview) -> None:
-        whole(source, target)
-        if left[0] and bytes(source) == spoiled:
-            left[0] -= 1
-            target[9] ^= 1
+    def damaging(self: HostBlocks, memory: Memory, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
+        whole(self, memory, source_ids, block_ids)
+        for block in block_ids.tolist():
+            if left[0] and bytes(self.view(block)) == spoiled:
+                left[0] -= 1
+                self.view(block)[9] ^= 1
+        return self.checksums(block_ids)
 
-    monkeypatch.setattr(host_blocks, "_copy", damaging)
+    monkeypatch.setattr(HostBlocks, "fetch", damaging)
     async with transfer("shm") as at:
         spoiled = bytes(at.source.block_view(3))
         ticket = at.complete()
@@ -233,15 +237,15 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(transport: str) -
 
 async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, entered, leave = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    whole, copied = host_blocks._copy, list[int]()
+    whole, copied = HostBlocks.fetch, list[int]()
 
-    def held(source: Memory, target: memoryview) -> None:
+    def held(*arguments: Any) -> Sums:
         loop.call_soon_threadsafe(entered.set)
         assert leave.wait(30)
-        whole(source, target)
         copied.append(1)
+        return whole(*arguments)
 
-    monkeypatch.setattr(host_blocks, "_copy", held)
+    monkeypatch.setattr(HostBlocks, "fetch", held)
     async with transfer("shm") as at:
         pulling = asyncio.create_task(at.puller.pull(at.complete(), MINE))
         await entered.wait()

@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -30,8 +30,8 @@ class Blocks:
     def __init__(self) -> None:
         self.content = [bytearray(64) for _ in SOURCES]
 
-    def warm_up(self, threads: Executor, num_threads: int) -> None:
-        pass
+    def warm_up(self, threads: Executor, num_threads: int) -> Sequence[Future[None]]:
+        return ()
 
     def checksums(self, block_ids: BlockIds) -> Sums:
         return np.array([block_checksum(bytes(self.content[block])) for block in block_ids], np.uint64)
@@ -185,7 +185,7 @@ async def test_a_pull_has_heard_everything_before_it_ends(
         crew.start(new.first_block_index, new.num_blocks, blocks.fetch)
 
     async with Crew(destination, threads, blocks, 2) as crew:
-        pull = Pull(TICKET, np.arange(4, dtype=np.int32), destination, crew)
+        pull = Pull(TICKET, destination, crew)
         assert await follow(frames(), pull, bring) == 5 and not told
         await crew.join()
         destination.begin_attempt()

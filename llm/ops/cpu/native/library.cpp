@@ -2,6 +2,7 @@
 
 #include <exception>
 
+#include "block_copy.h"
 #include "step.h"
 #include "turns.h"
 
@@ -11,6 +12,7 @@ using tandem::Model;
 using tandem::Pool;
 using tandem::Step;
 using tandem::Turns;
+using tandem::XxhTable;
 
 namespace {
 
@@ -79,4 +81,18 @@ int tandem_take_turn(Turns* turns, int limit_ms) { return turns->take(limit_ms);
 void tandem_give_turn(Turns* turns) { turns->give(); }
 
 int tandem_turn_is_wanted(Turns* turns) { return turns->wanted(); }
+
+// sums[i]: the checksum of block ids[i]; a block is so many 64-bit words.
+void tandem_sum_blocks(const uint64_t* pool, const int32_t* ids, int count, int64_t num_words, uint64_t* sums, const XxhTable* table) {
+    for (int index = 0; index < count; index++)
+        sums[index] = tandem::taken<false>(pool + ids[index] * num_words, nullptr, size_t(num_words), *table);
+}
+
+// The same of source's blocks, which are copied to the target's.
+void tandem_copy_blocks(const uint64_t* source, const int32_t* source_ids, uint64_t* target, const int32_t* target_ids, int count,
+                        int64_t num_words, uint64_t* sums, const XxhTable* table) {
+    for (int index = 0; index < count; index++)
+        sums[index] = tandem::taken<true>(source + source_ids[index] * num_words, target + target_ids[index] * num_words,
+                                          size_t(num_words), *table);
+}
 }

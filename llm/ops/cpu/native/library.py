@@ -59,6 +59,11 @@ def load(cache_directory: Path, instruction_set: str | None = None) -> ctypes.CD
     return _loaded[name]
 
 
+def loaded() -> ctypes.CDLL | None:
+    """The library that this process has loaded last, if any."""
+    return next(reversed(_loaded.values()), None)
+
+
 def build(cache_directory: Path, instruction_set: str) -> Path:
     """The library's file, for any instruction set that the compiler knows. Raises NativeUnavailableError."""
     path = cache_directory / "native" / f"{_digest(instruction_set)}-{instruction_set}.so"
@@ -106,7 +111,7 @@ def _processor_flags() -> Iterator[str]:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     signatures = {
         "tandem_create": (pointer, [pointer, number]),
         "tandem_destroy": (None, [pointer]),
@@ -122,6 +127,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tandem_take_turn": (number, [pointer, number]),
         "tandem_give_turn": (None, [pointer]),
         "tandem_turn_is_wanted": (number, [pointer]),
+        "tandem_sum_blocks": (None, [pointer, pointer, number, size, pointer, pointer]),
+        "tandem_copy_blocks": (None, [pointer, pointer, pointer, pointer, number, size, pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
