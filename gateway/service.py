@@ -20,6 +20,7 @@ from gateway.request_id import new_request_id
 from gateway.running_keys import RunningKeys
 from gateway.served_model import ServedModel
 from gateway.spans import note_ending, note_job, note_request, request_span
+from gateway.stall import watching
 from gateway.timeline import Timeline
 from gateway.validate import check_length, check_request
 from gateway.wire import ResponseWriter
@@ -123,24 +124,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def _write_all(
         self, pending: PendingOutput, writer: ResponseWriter, context: grpc.aio.ServicerContext, prefilled: Callable[[], None]
     ) -> Ending:
-        """Calls `prefilled` as soon as there is a token."""
-        while True:
-            event = await pending.take()
-            prefilled()
-            await self._write(writer.response(event), context)
-            if isinstance(event, Ending):
-                return event
-
-    async def _write(self, response: generation_pb2.GenerateResponse, context: grpc.aio.ServicerContext) -> None:
-        limit = asyncio.timeout(self._limits.stall_limit_s)
-        try:
-            async with limit:
+        """Calls `prefilled` as soon as there is a token. Raises SLOW_READER."""
+        async with watching(self._limits.stall_limit_s) as watch:
+            while True:
+                event = await pending.take()
+                prefilled()
+                response = writer.response(event)
+                watch.writing()
                 await context.write(response)
-        except Exception:  # a cancelled write raises gRPC's own exceptions, too
-            if not limit.expired():
-                raise
-            message = f"the client took nothing for {self._limits.stall_limit_s:g} s"
-            raise TandemError(Reason.SLOW_READER, message) from None
+                watch.written()
+                if isinstance(event, Ending):
+                    return event
 
 
 def _hand_over(task: "asyncio.Task[Ending]", pending: PendingOutput) -> None:
