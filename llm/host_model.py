@@ -25,6 +25,8 @@ class HostModel(Protocol):
     """A model whose steps are complete when they return."""
 
     config: ModelConfig
+    description: str
+    """How it computes, for people."""
     layer_done: Callable[[], None]
     """Called once per layer of each long step, and at least once a step."""
 

@@ -97,8 +97,8 @@ class ModelRunner:
 
     @property
     def device_description(self) -> str:
-        """For people: "cpu (2 threads)"."""
-        return f"cpu ({torch.get_num_threads()} threads)"
+        """For people: "cpu (2 threads, native avx2, in turns)"."""
+        return f"cpu ({torch.get_num_threads()} threads, {self._model.description})"
 
     def report_layers(self, layer_done: Callable[[], None]) -> None:
         """Has `layer_done` called once per layer of each step, on the thread that runs it."""

@@ -6,6 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class NativeModel:
     ) -> None:
         """`turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers."""
         self.config, self._library, self._turns = config, library, turns
+        self.description = f"native {Path(library._name).stem.rpartition('-')[2]}{', in turns' if turns is not None else ''}"
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
         self._shapes = {item.name: item.shape for item in plan_tensors(config)}

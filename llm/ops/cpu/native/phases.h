@@ -1,4 +1,4 @@
-// Where the time of steps goes, as the first thread sees it: each phase with the barrier at its end.
+// Where the time of steps goes, as the first thread sees it: products without, work by rows with the wait for other threads.
 #pragma once
 
 #include <cstdint>

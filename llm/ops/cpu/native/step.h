@@ -1,4 +1,4 @@
-// A forward pass: phases that all threads share out, with a barrier after each.
+// A forward pass: phases that all threads share out. Between products is work by rows, at whose beginning the threads meet.
 #pragma once
 
 #include "phases.h"
@@ -10,6 +10,8 @@ namespace tandem {
 
 constexpr int TASKS_PER_THREAD = 4;
 constexpr int SMALLEST_TILE_ROWS = 32;
+constexpr int ROWS_FOR_ONE = 4;    // so few rows are the work of one thread between products
+constexpr int LAYERS_AT_ONCE = 6;  // of steps of few rows; after each piece the team sees whether it is crowded
 
 class Step {
    public:
@@ -34,7 +36,11 @@ class Step {
     // Layers first <= index < last; K and V of the batch's tokens go to the pool.
     void run_layers(int first, int last) {
         phases_.begin();
-        for (int index = first; index < last; index++) team_.run([=, this](int thread) { run_layer(index, thread); });
+        const int at_once = batch_.num_rows <= FEW_ROWS ? LAYERS_AT_ONCE : 1;
+        for (int piece = first; piece < last; piece += at_once)
+            team_.run([=, this](int thread) {
+                for (int index = piece; index < std::min(piece + at_once, last); index++) run_layer(index, thread);
+            });
     }
 
     // Logits [num_logits, vocab] of the rows that they are wanted of.
@@ -114,7 +120,7 @@ class Step {
     template <class Kv>
     void attend(int index, int thread) {
         const size_t lines = model_.group() * (model_.head_dim + 2);
-        each_task(int(plan_.tasks.size()), thread, [&](int number) {
+        share(int(plan_.tasks.size()), [&](int number) {
             const DecodeTask& task = plan_.tasks[number];
             const float* query = space_.qkv + size_t(task.row) * model_.qkv_size() + task.kv_head * model_.group() * model_.head_dim;
             attend_task<Kv>(task, batch_, pool_, index, query, model_.group(), space_.scratch(thread), space_.partial + number * lines);
@@ -128,8 +134,10 @@ class Step {
         Chunk chunk(batch_, sequence);
         chunk.keys = space_.keys;
         chunk.values = space_.values;
-        each_task(chunk.num_gathers(pool_.kv_heads), thread, [&](int task) { gather_strip<Kv>(chunk, batch_, pool_, index, task); });
-        each_task(chunk.num_tiles(model_.group()) * pool_.kv_heads, thread, [&](int task) {
+        team_.meet(thread);
+        share(chunk.num_gathers(pool_.kv_heads), [&](int task) { gather_strip<Kv>(chunk, batch_, pool_, index, task); });
+        team_.meet(thread);
+        share(chunk.num_tiles(model_.group()) * pool_.kv_heads, [&](int task) {
             attend_tile(chunk, pool_, task, model_.group(), space_.qkv, model_.qkv_size(), space_.attended, space_.scratch(thread));
         });
     }
@@ -171,7 +179,7 @@ class Step {
 
     char* input(const Matrix& matrix, int row) { return space_.input + row * input_row_bytes(matrix); }
 
-    // Calls work(first row, rows, first output, last output) for tiles that make up the whole product; then all meet.
+    // Calls work(first row, rows, first output, last output) for tiles that make up the whole product.
     template <class Work>
     void product(int outputs, int rows, int thread, Work work) {
         if (rows <= FEW_ROWS) {
@@ -179,13 +187,13 @@ class Step {
             const int first = grains * thread / active * GRAIN_OUTPUTS;
             const int last = std::min(outputs, grains * (thread + 1) / active * GRAIN_OUTPUTS);
             if (first < last) work(0, rows, first, last);
-            return team_.meet(thread);
+            return;
         }
         const int columns = (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
         int tall = LARGEST_TILE_ROWS;
         while (tall > SMALLEST_TILE_ROWS && columns * tiles(rows, tall) < TASKS_PER_THREAD * team_.active()) tall /= 2;
         const int lines = tiles(rows, tall);
-        each_task(columns * lines, thread, [&](int task) {
+        share(columns * lines, [&](int task) {
             const int row = task % lines * tall, first = task / lines * TILE_OUTPUTS;
             work(row, std::min(tall, rows - row), first, std::min(outputs, first + TILE_OUTPUTS));
         });
@@ -193,19 +201,23 @@ class Step {
 
     static int tiles(int rows, int tall) { return (rows + tall - 1) / tall; }
 
-    // Calls work(row) for each row, on whichever thread is free; then all meet.
+    // Calls work(row) for each row, once all threads have come here and before any goes on.
     template <class Work>
     void each_row(int rows, int thread, Work work) {
+        const auto run = [&](int first, int last) {
+            for (int row = first; row < last; row++) work(row);
+        };
+        if (rows <= ROWS_FOR_ONE) return team_.meet(thread, [&] { run(0, rows); });
         const int at_once = rows <= FEW_ROWS ? 1 : 16;
-        each_task(tiles(rows, at_once), thread, [&](int task) {
-            for (int row = task * at_once; row < std::min(rows, (task + 1) * at_once); row++) work(row);
-        });
+        team_.meet(thread);
+        share(tiles(rows, at_once), [&](int task) { run(task * at_once, std::min(rows, (task + 1) * at_once)); });
+        team_.meet(thread);
     }
 
+    // Calls work(task) for each task on whichever thread is free. Threads meet before the next such call.
     template <class Work>
-    void each_task(int count, int thread, Work work) {
+    void share(int count, Work work) {
         for (int task = team_.take(); task < count; task = team_.take()) work(task);
-        team_.meet(thread);
     }
 
     const Model model_;

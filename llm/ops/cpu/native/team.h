@@ -97,11 +97,17 @@ class Team {
 
     int active() const { return active_; }
 
-    // Within `run`: waits until all active threads have come here. Counting of tasks then begins anew.
-    void meet(int index) {
-        if (active_ == 1) return next_.store(0, std::memory_order_relaxed);
+    // Within `run`: waits until all active threads have come here; the last to come does `between` before any goes on, so that work
+    // too small to share costs no barrier of its own. Counting of tasks then begins anew.
+    template <class Between>
+    void meet(int index, Between between) {
+        if (active_ == 1) {
+            between();
+            return next_.store(0, std::memory_order_relaxed);
+        }
         const uint32_t generation = generation_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
+            between();
             arrived_.store(0, std::memory_order_relaxed);
             next_.store(0, std::memory_order_relaxed);
             generation_.store(generation + 1, std::memory_order_release);
@@ -109,6 +115,10 @@ class Team {
         } else {
             wait(generation_, [generation](uint32_t now) { return now != generation; }, seats_[index]);
         }
+    }
+
+    void meet(int index) {
+        meet(index, [] {});
     }
 
     // Within `run`, between two barriers: the next task that nobody has taken.

@@ -1,0 +1,119 @@
+"""Where the time of a native CPU step goes: `python -m bench.cpu_step [--weights int4] [--decode 1 16] [--prefill 512]`.
+
+Prints the median step, and the first thread's milliseconds of each phase over all layers; its waits for other threads count with
+the work by rows (norm, rope, prepare). What is left is Python and the library's entry. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llm.batch import SequenceSlice, build_batch
+from llm.config import load_model_config
+from llm.host_model import make_host_model
+from llm.ops.cpu.native.model import NativeModel
+from llm.weight_format import FORMATS, WeightFormat
+from llm.weights import WeightRequest, load_tensors
+from tandem.models import DEFAULT_MODEL, cache_directory, resolve_model
+
+_PAGE = 16
+_REPEATS_S = 1.5
+"""Each case is repeated this long, three times at least."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One case; milliseconds. `phases` are means, scaled so that they are parts of the median."""
+
+    name: str
+    median: float
+    least: float
+    phases: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        return max(0.0, self.median - sum(self.phases.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parse(argv)
+    for format in options.weights:
+        model, pool = _load(options, format)
+        cases = {f"decode {batch}": _decode(batch, options.context) for batch in options.decode}
+        cases |= {
+            f"prefill {tokens}": [SequenceSlice(range(100, 100 + tokens), 0, range(-(-tokens // _PAGE)))]
+            for tokens in options.prefill
+        }
+        figures = [_measure(model, pool, name, slices) for name, slices in cases.items()]
+        _print_table(f"{options.model}, {format} weights, {options.threads} threads", figures)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times the phases of native steps.")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["int4"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--decode", nargs="*", type=int, default=[1, 16], help="batch sizes of decode steps")
+    parser.add_argument("--context", type=int, default=256, help="tokens of each sequence that decodes")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[512], help="tokens of prompts")
+    return parser.parse_args(argv)
+
+
+def _load(options: argparse.Namespace, format: WeightFormat) -> tuple[NativeModel, torch.Tensor]:
+    files = resolve_model(options.model)
+    config = load_model_config(files.format, files.path, files.random_config)
+    tensors = load_tensors(WeightRequest(files, config, format, "cpu", cache_directory()), lambda *_: None)
+    model = make_host_model(config, tensors, options.threads, cache_directory())
+    assert isinstance(model, NativeModel), "there is no native step here"
+    num_blocks = max([-(-options.context // _PAGE) * batch for batch in options.decode] + [-(-n // _PAGE) for n in options.prefill])
+    shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, _PAGE, config.head_dim)
+    dtype = torch.float32 if format == "fp32" else torch.bfloat16
+    return model, torch.randn(shape).to(dtype)
+
+
+def _decode(batch: int, context: int) -> list[SequenceSlice]:
+    blocks = -(-context // _PAGE)
+    return [SequenceSlice([5 + index], context - 1, range(index * blocks, (index + 1) * blocks)) for index in range(batch)]
+
+
+def _prefill(tokens: int) -> list[SequenceSlice]:
+    return [SequenceSlice(range(100, 100 + tokens), 0, range(-(-tokens // _PAGE)))]
+
+
+def _measure(model: NativeModel, pool: torch.Tensor, name: str, slices: Sequence[SequenceSlice]) -> Figure:
+    model.forward(build_batch(slices, _PAGE), pool)
+    model.take_phases()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < _REPEATS_S:
+        began = time.perf_counter()
+        model.forward(build_batch(slices, _PAGE), pool)
+        times.append(time.perf_counter() - began)
+    phases = {phase: total / len(times) for phase, total in model.take_phases().items()}
+    scale = statistics.median(times) / statistics.mean(times)
+    return Figure(name, 1e3 * statistics.median(times), 1e3 * min(times), {phase: value * scale for phase, value in phases.items()})
+
+
+def _print_table(title: str, figures: Sequence[Figure]) -> None:
+    table = Table(title=title)
+    table.add_column("ms a step")
+    for figure in figures:
+        table.add_column(figure.name, justify="right")
+    for phase in figures[0].phases:
+        table.add_row(phase, *(f"{figure.phases[phase]:.2f}" for figure in figures))
+    table.add_row("outside phases", *(f"{figure.outside:.2f}" for figure in figures))
+    table.add_row("median", *(f"{figure.median:.2f}" for figure in figures))
+    table.add_row("least", *(f"{figure.least:.2f}" for figure in figures))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
