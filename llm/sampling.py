@@ -23,7 +23,7 @@ Ids = npt.NDArray[np.int64]
 _GROUP = 256
 """Probabilities are summed in groups of this many tokens, and only the group that the draw falls into is scanned."""
 _CANDIDATES = (512, 8192)
-"""top_p looks at this many of the likeliest tokens first, and sorts all only if they do not reach it."""
+"""top_p looks at this many of the likeliest tokens first, and sorts more only if they do not reach it."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,17 @@ def _top_k(weights: Floats, count: int) -> Ids:
 
 def _top_p(weights: Floats, kept: Ids | None, top_p: float) -> Ids:
     """The shortest run of the likeliest tokens whose share of the total reaches top_p, ascending by id."""
-    total = float((weights if kept is None else weights[kept]).sum(dtype=np.float64))
-    for count in _CANDIDATES if kept is None else ():
-        if count < len(weights):
-            candidates = _top_k(weights, count)
+    among = weights if kept is None else weights[kept]
+    total = float(among.sum(dtype=np.float64))
+    # Tokens below this together have less than half of what may be left out, so none of them is in the run.
+    likely = np.flatnonzero(among >= np.float32(0.5 * (1.0 - top_p) * total / len(among)))
+    likely = likely if kept is None else kept[likely]
+    for count in _CANDIDATES:
+        if count < len(likely):
+            candidates = likely[_top_k(weights[likely], count)]
             if float(weights[candidates].sum(dtype=np.float64)) >= top_p * total:
                 return _nucleus(weights, candidates, top_p * total)
-    return _nucleus(weights, np.arange(len(weights)) if kept is None else kept, top_p * total)
+    return _nucleus(weights, likely, top_p * total)
 
 
 def _nucleus(weights: Floats, candidates: Ids, mass: float) -> Ids:

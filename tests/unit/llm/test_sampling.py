@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm import sampling
 from llm.sampling import SampleRow, sample, token_logprobs, uniform
 from llm.sampling_params import SamplingParams
 
@@ -167,3 +168,17 @@ def test_prompt_logprobs() -> None:
     for row, token in zip(logits.double().log_softmax(-1), tokens, strict=True):
         assert token.logprob == pytest.approx(float(row[token.token_id]), abs=1e-6)
         assert [index for index, _ in token.top] == row.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.95, 0.9999])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 12.0])
+@pytest.mark.parametrize("kept", [None, 700])
+def test_top_p_keeps_what_sorting_all_would(top_p: float, spread: float, kept: int | None) -> None:
+    weights = np.exp(spread * np.random.default_rng(1).standard_normal(20_000).astype(np.float32).round(2))
+    weights /= weights.max()
+    allowed = np.arange(len(weights)) if kept is None else np.arange(0, len(weights), len(weights) // kept)
+    ordered = allowed[np.argsort(-weights[allowed], kind="stable")]
+    running = weights[ordered].cumsum(dtype=np.float64)
+    mass = top_p * weights[allowed].sum(dtype=np.float64)
+    expected = np.sort(ordered[: int(np.searchsorted(running, mass)) + 1])
+    assert np.array_equal(sampling._top_p(weights, None if kept is None else allowed, top_p), expected)
