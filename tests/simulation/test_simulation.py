@@ -19,13 +19,13 @@ REGRESSIONS = {
 }
 """Seeds that failed, and what they found. A later change of the product or the scenarios may lead them past it."""
 WITHOUT = {
-    "blocks_kept_under_a_step": 702,
-    "resume_after_the_last_token": 43,
-    "blocks_freed_after_a_cancel": 19,
-    "checksums": 29,
+    "blocks_kept_under_a_step": 403,
+    "resume_after_the_last_token": 15,
+    "blocks_freed_after_a_cancel": 9,
+    "checksums": 2,
     "generations": 33,
-    "short_prompts_first": 82,
-    "leases_by_the_monotonic_clock": 18,
+    "short_prompts_first": 56,
+    "leases_by_the_monotonic_clock": 8,
     "cancelled_calls_are_counted": 1,
 }
 """Protections, and a seed that fails without them; see mutations.py."""
@@ -38,12 +38,12 @@ def simulate(repository: Path, *arguments: str, hash_seed: str = "0") -> subproc
     """In a process of its own: the simulation changes modules, and other tests leave theirs running."""
     command = [sys.executable, "-m", "tests.simulation", *arguments]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=1800, check=False)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_every_seed_keeps_the_invariants(repository: Path) -> None:
-    done = simulate(repository, "--seeds", str(SEEDS))
+    done = simulate(repository, "--seeds", str(SEEDS), "--processes", str(os.cpu_count() or 1))
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{SEEDS} seeds" in done.stdout
