@@ -54,7 +54,7 @@ class Network:
 
     def slow(self, name: str, rate: str) -> None:
         """What leaves the host passes a token bucket, `rate` as tc takes it: "1mbit"."""
-        _tc(self.namespace(name), "add", "tbf", "rate", rate, "burst", "16kb", "latency", "50ms")
+        _tc(self.namespace(name), "add", "tbf", "rate", rate, "burst", "16kb", "latency", "400ms")
 
     def unslow(self, name: str) -> None:
         _tc(self.namespace(name), "del")
