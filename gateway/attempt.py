@@ -133,17 +133,17 @@ class Attempt:
 
     async def _prefill_on(self, worker: Worker) -> None:
         request = prefill_request(self._job, self._number, self._token_ids, self._first_token_only)
-        turn = await self._take_turn(Hop.PREFILL, worker)
-        stub = prefill_pb2_grpc.PrefillServiceStub(self._fleet.channel(worker))  # type: ignore[no-untyped-call]
-        call = stub.Prefill(request, timeout=self._underway.remaining_s, metadata=call_metadata())
-        try:
-            with self._fleet.holding(worker, call):
-                while (event := await read(call)) is not None:
-                    self._placed.prefill_arrived()
-                    self._on_prefill(event, turn)
-        finally:
-            turn.end()
-            await end(call)
+        with await self._take_turn(Hop.PREFILL, worker) as turn:
+            stub = prefill_pb2_grpc.PrefillServiceStub(self._fleet.channel(worker))  # type: ignore[no-untyped-call]
+            call = stub.Prefill(request, timeout=self._underway.remaining_s, metadata=call_metadata())
+            try:
+                with self._fleet.holding(worker, call):
+                    while (event := await read(call)) is not None:
+                        self._placed.prefill_arrived()
+                        self._on_prefill(event, turn)
+            finally:
+                turn.end()
+                await end(call)
         if not self._first_token.is_set():
             raise TandemError(Reason.INTERNAL, "the prefill worker ended its stream without a first token")
 
@@ -202,7 +202,10 @@ class Attempt:
     async def _decode_on(self, worker: Worker, ticket: kv_pb2.KvTicket, arrived: Callable[[], None]) -> None:
         self._decode_worker = worker
         self._held.discard(Hop.DECODE)
-        turn = await self._take_turn(Hop.DECODE, worker)
+        with await self._take_turn(Hop.DECODE, worker) as turn:
+            await self._decode_in_turn(worker, ticket, arrived, turn)
+
+    async def _decode_in_turn(self, worker: Worker, ticket: kv_pb2.KvTicket, arrived: Callable[[], None], turn: Turn) -> None:
         stub = decode_pb2_grpc.DecodeServiceStub(self._fleet.channel(worker))  # type: ignore[no-untyped-call]
         inflow = self._inflow = Inflow(lambda index, tokens: self._on_tokens(index, tokens, turn))
         if self._first_token.is_set():

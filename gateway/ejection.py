@@ -34,7 +34,9 @@ class Ejector:
 
     def failed(self, address: str) -> None:
         """A worker at this address broke a request, or crashed."""
-        now, record = self._clock(), self._records.setdefault(address, _Record())
+        now = self._clock()
+        self._forget(now)
+        record = self._records.setdefault(address, _Record())
         since_s = now - record.failed_at
         if since_s < ONE_FAILURE_S:
             return
@@ -45,6 +47,12 @@ class Ejector:
             pause_s = min(FIRST_PAUSE_S * 2.0 ** (record.num_failures - 2), LONGEST_PAUSE_S)
             record.ejected_until = now + pause_s
             self.num_ejections += 1
+
+    def _forget(self, now: float) -> None:
+        """Addresses come and go."""
+        for address, record in list(self._records.items()):
+            if now - max(record.failed_at, record.ejected_until) > FORGOTTEN_AFTER_S:
+                del self._records[address]
 
     def lost(self, worker: Worker) -> None:
         """A worker went away. One that had said before that it takes no more requests has ended in order."""

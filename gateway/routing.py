@@ -155,6 +155,8 @@ class PlacementLedger:
         finally:
             if request in pending.sent:
                 pending.sent.remove(request)
+            if not pending.sent and self._pending.get(address) is pending:
+                del self._pending[address]  # addresses come and go
 
     @contextmanager
     def placed(self, placement: Placement, num_tokens: int) -> Iterator[Placed]:

@@ -9,6 +9,8 @@ import grpc
 import pytest
 
 from gateway.failover import MAX_MOVES
+from gateway.isolation import Turn
+from gateway.routing import Worker
 from gateway.workers import WatchTimes
 from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.errors import Reason, TandemError
@@ -389,6 +391,26 @@ async def test_with_all_workers_of_a_kind_gone_requests_fail_soon_and_nothing_pi
         assert answer.error.code is grpc.StatusCode.UNAVAILABLE
         assert answer.error.retry_after_s
     assert suite.gateway.num_running == 0
+
+
+async def test_a_turn_ends_also_if_its_worker_is_gone_by_then(make_suite: MakeSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = await make_suite(2, 1)
+    relay, lock, gone = suite.gateway._relay, asyncio.Lock(), [True]
+    channel = relay._fleet.channel
+
+    async def turn(*_: object) -> Turn:
+        await lock.acquire()
+        return Turn(lock)
+
+    def channel_of(worker: Worker) -> grpc.aio.Channel:
+        if gone and gone.pop():
+            raise TandemError(Reason.WORKER_LOST, "it is no longer known")
+        return channel(worker)
+
+    monkeypatch.setattr(relay, "_turn", turn)
+    monkeypatch.setattr(relay._fleet, "channel", channel_of)
+    assert (await suite.generate(5, text="hello", stopping={"max_tokens": 10})).token_ids == expected(10)
+    assert not lock.locked()
 
 
 class TestPoison:

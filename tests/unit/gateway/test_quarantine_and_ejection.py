@@ -90,6 +90,14 @@ def test_an_address_that_keeps_quiet_is_forgiven(clock: Clock) -> None:
     assert not ejector.ejected("a:1")
 
 
+def test_addresses_that_are_gone_are_forgotten(clock: Clock) -> None:
+    ejector = Ejector(clock)
+    for number in range(500):
+        clock.now += 1
+        ejector.failed(f"a{number}:1")
+    assert len(ejector._records) <= ejection.FORGOTTEN_AFTER_S + 1
+
+
 def test_an_orderly_end_is_no_failure(clock: Clock) -> None:
     ejector, worker = Ejector(clock), Worker("a:1", Role.DECODE, "id", ready=True)
     for ready in (False, False, True):

@@ -209,3 +209,15 @@ def test_a_prompt_goes_to_where_its_prefix_is_unless_that_worker_is_full_or_avoi
     assert prefill_of(workers, Wishes(preferred="p2:1")) == "p2:1"
     assert prefill_of(workers, Wishes(preferred="p2:1", avoided={"p2:1"})) == "p1:1"
     assert prefill_of([PREFILL, replace(other, running_requests=64), DECODE], Wishes(preferred="p2:1")) == "p1:1"
+
+
+def test_addresses_without_requests_are_not_remembered() -> None:
+    ledger = PlacementLedger()
+    with ledger.sending("a:1", 5) as arrived:
+        arrived()
+        ledger.heard("a:1")
+        with ledger.sending("a:1", 7):
+            assert (ledger.num_requests("a:1"), ledger.num_tokens("a:1")) == (1, 7)
+        with ledger.sending("a:1", 9):
+            assert ledger.num_tokens("a:1") == 9
+    assert not ledger._pending
