@@ -118,7 +118,7 @@ def test_long_and_many(sequences: list[tuple[int, int, str]]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_to_the_bit_alone_and_among_others(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    config = make_config(hidden_size=96, intermediate_size=200, num_heads=6, num_kv_heads=2, head_dim=32)
+    config = make_config(hidden_size=100, intermediate_size=203, num_heads=6, num_kv_heads=2, head_dim=32)
     model = NativeModel(config, make_tensors(config, dtype), library.load(cache_directory(), name), 2)
     pool = make_pool(config, 16, dtype)
     row = SequenceSlice([9], 600, list(range(38)))

@@ -21,22 +21,24 @@ inline void sum_all(const Floats* values, float* out) {
 template <int OUTPUTS, int ROWS, class Weight>
 inline void dot_tile(const Weight* const* weights, const float* const* inputs, int depth, float (*out)[ROWS]) {
     Floats sums[OUTPUTS][ROWS] = {};
-    int index = 0;
-    for (; index + LANES <= depth; index += LANES) {
+    const auto add = [&](auto load_weight, auto load_input) {
         Floats loaded[OUTPUTS];
 #pragma GCC unroll 16
-        for (int o = 0; o < OUTPUTS; o++) loaded[o] = load(weights[o] + index);
+        for (int o = 0; o < OUTPUTS; o++) loaded[o] = load_weight(weights[o]);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
-            Floats input = load(inputs[r] + index);
+            Floats input = load_input(inputs[r]);
 #pragma GCC unroll 16
-            for (int o = 0; o < OUTPUTS; o++) sums[o][r] += loaded[o] * input;
+            for (int o = 0; o < OUTPUTS; o++) sums[o][r] = multiply_add(loaded[o], input, sums[o][r]);
         }
-    }
+    };
+    int index = 0;
+    for (; index + LANES <= depth; index += LANES)
+        add([index](const Weight* line) { return load(line + index); }, [index](const float* line) { return load(line + index); });
+    if (const int rest = depth - index; rest > 0)
+        add([=](const Weight* line) { return load_part(line + index, rest); },
+            [=](const float* line) { return load_part(line + index, rest); });
     sum_all<OUTPUTS * ROWS>(&sums[0][0], &out[0][0]);
-    for (; index < depth; index++)
-        for (int o = 0; o < OUTPUTS; o++)
-            for (int r = 0; r < ROWS; r++) out[o][r] += widen(weights[o][index]) * inputs[r][index];
 }
 
 // A tile whose outputs and rows may reach beyond the end: the last ones are then computed again.

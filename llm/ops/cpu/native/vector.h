@@ -33,6 +33,25 @@ inline Floats load(const uint16_t* source) {
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
+// The first `count` values, and zeros.
+template <class Value>
+inline Floats load_part(const Value* source, int count) {
+    Value values[LANES] = {};
+    std::memcpy(values, source, count * sizeof(Value));
+    return load(values);
+}
+
+// Rounded once wherever the instruction set can, so that no kernel's sum differs from another's by how it was compiled.
+inline Floats multiply_add(Floats left, Floats right, Floats total) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)left, (__m512)right, (__m512)total);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)total);
+#else
+    return left * right + total;
+#endif
+}
+
 inline void store(float* target, Floats value) { std::memcpy(target, &value, sizeof value); }
 
 inline Floats splat(float value) { return value - Floats{}; }
