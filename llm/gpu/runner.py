@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -45,7 +46,7 @@ class GpuModelRunner(ModelRunner):
         self._argmax = Argmax(max_rows, config.vocab_size, self.device)
         self._drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
         self._memories = StepMemories(self._drawn)
-        self._forwarded: DrawnStep | None = None
+        self._forwarded: deque[DrawnStep] = deque()
         self._graphs: StepGraphs | None = None
         self._pool: torch.Tensor | None = None
 
@@ -89,6 +90,7 @@ class GpuModelRunner(ModelRunner):
         """Sets the KV pool that the following calls write to and read from. Graphs captured over another are dropped."""
         self._pool, self._graphs = pool.tensor, None
         self._memories.clear()
+        self._forwarded.clear()
 
     def detach(self) -> None:
         """Lets go of the pool and the graphs captured over it."""
@@ -104,11 +106,11 @@ class GpuModelRunner(ModelRunner):
         arrays = self._captured(slices, None)
         if arrays is None:
             return self._compute(slices, None)
-        if self._forwarded is not None:
-            self._forwarded.token_ids()  # its inputs have been read, so that their memory is free
+        if len(self._forwarded) > 1:
+            self._forwarded.popleft().token_ids()  # its inputs have been read, so that their memory is free
         memory = self._memories.take()
         logits = self._replay(arrays, memory)
-        self._forwarded = memory.fetch(0)
+        self._forwarded.append(memory.fetch(0))
         return logits[: sum(item.logits == "last" for item in slices)]
 
     @torch.inference_mode()
