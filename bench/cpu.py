@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu_floors import Floors, measure_floors
-from bench.loads import Extent, Load, parse_load
+from bench.loads import ClosedLoop, Extent, Load, parse_load
 from bench.peers import PEERS, Peer, place_for, running
 from bench.presets import CPU
 from bench.report import print_goals, print_ratios, print_table, write_json
 from bench.serve import Server, connected, measure_all
 from bench.suite import describe, suite_at
 from tandem.models import DEFAULT_MODEL, ModelError, ModelFiles, resolve_model
+
+# On a CPU even the longest first request is short beside what is measured.
+FIRST_LOAD = ClosedLoop(256, 8, 1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ async def measure(arguments: argparse.Namespace, address: str, peers: Sequence[R
         found.append(connected(peer.name, title, asdict(target), facts.vocabulary_size, options))
     async with contextlib.AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(each) for each in found]
+        for server in servers:
+            await server.pool.run(FIRST_LOAD, Extent(num_requests=2), arguments.seed + 1000)
         await measure_all(servers, arguments.loads, Extent(num_requests=arguments.requests), CPU.objective, arguments.seed)
     return servers
 

@@ -89,6 +89,7 @@ async def measure(arguments: argparse.Namespace, address: str | None) -> None:
     loads, extent, objective = plan(arguments)
     async with contextlib.AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(each) for each in await connections(arguments, address)]
+        await warm_up(servers, arguments.seed)
         await measure_all(servers, loads, extent, objective, arguments.seed)
     report(arguments, servers, loads, extent, objective)
 
@@ -119,11 +120,14 @@ async def connected(
         yield Server(name, title, pool)
 
 
-async def measure_all(servers: Sequence[Server], loads: Sequence[Load], extent: Extent, objective: Objective, seed: int) -> None:
-    """Fills the servers' rows: each load at each server before the next load, which of them is first in turns."""
+async def warm_up(servers: Sequence[Server], seed: int) -> None:
     for server in servers:
         for number, first in enumerate(FIRST_LOADS):
             await server.pool.run(first, Extent(), seed + 1000 + number)
+
+
+async def measure_all(servers: Sequence[Server], loads: Sequence[Load], extent: Extent, objective: Objective, seed: int) -> None:
+    """Fills the servers' rows: each load at each server before the next load, which of them is first in turns."""
     with Progress(transient=True) as progress:
         task = progress.add_task("loads", total=len(loads) * len(servers))
         for number, load in enumerate(loads):
