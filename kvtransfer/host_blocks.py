@@ -7,7 +7,7 @@ from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.host_copies import Memory, copies_of
 from llm.kv.pool import KvPool
 
-TURN_BYTES, LEAST_BYTES, JOB_BYTES = 1 << 20, 1 << 19, 1 << 22
+TURN_BYTES, LEAST_BYTES, JOB_BYTES = 1 << 20, 1 << 19, 1 << 23
 """Of one turn, a tenth of a millisecond; least and most of one job: worth waking a thread for, and with others' jobs in between."""
 
 

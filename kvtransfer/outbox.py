@@ -119,7 +119,8 @@ class Checksummer:
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""
         loop, ready = asyncio.get_running_loop(), outbox.entry.num_ready_blocks
-        for first, count in shares(outbox.num_submitted, ready, CHECKSUM_THREADS, self._blocks):
+        # In few jobs, though there are more threads: each costs a frame, and consumers copy meanwhile.
+        for first, count in shares(outbox.num_submitted, ready, 1, self._blocks):
             job = self._threads.submit(self._blocks.checksums, outbox.block_ids[first : first + count])
             report = partial(self._done, outbox, first)
             job.add_done_callback(partial(_on_loop, loop, report))
