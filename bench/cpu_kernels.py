@@ -1,8 +1,8 @@
 """Times the products of a model's layers alone, by weight format and rows: `python -m bench.cpu_kernels [--rows 1 16 256]`.
 
-For each: milliseconds of all layers' products, one after the other as a step does them, each at its shortest; bytes of weights
-and operations a second; the fraction of what binds them (measured: reading memory, and the formats' inner loops on data in the first-level
-cache); and torch's own best. Nothing else should run. Needs a C++ compiler, no model.
+For each: milliseconds of all layers' products, one after the other as a step does them, each at its shortest; bytes of
+weights and operations a second; the fraction of what binds them (measured: reading memory, and the formats' inner loops on
+data in the first-level cache); and torch's own best. Nothing else should run. Needs a C++ compiler, no model.
 """
 
 from __future__ import annotations
