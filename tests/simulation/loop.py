@@ -115,7 +115,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return [(2, 1, 6, "", (host, int(port)))]
 
     def run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":  # type: ignore[override]
-        from tests.simulation.threads import SimulatedExecutor
+        from tests.simulation.executor import SimulatedExecutor
 
         return asyncio.wrap_future((executor or SimulatedExecutor()).submit(function, *args), loop=self)
 

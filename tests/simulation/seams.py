@@ -24,6 +24,7 @@ from typing import Any
 import grpc.aio
 
 from tests.simulation import threads
+from tests.simulation.executor import SimulatedExecutor
 from tests.simulation.socket_module import SELECTORS, SocketModule
 
 PACKAGES = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm.kv")
@@ -75,7 +76,7 @@ REPLACEMENTS: list[tuple[Any, Any]] = [
     (threading.Thread, threads.Thread),
     (threading.Lock, threads.Lock),
     (threading.Event, threads.Event),
-    (ThreadPoolExecutor, threads.SimulatedExecutor),
+    (ThreadPoolExecutor, SimulatedExecutor),
     (socket, SocketModule()),
     (selectors, SELECTORS),
     (random, _Random()),
