@@ -77,14 +77,15 @@ async def test_b7_without_memory_to_take_blocks_in_a_request_fails_alone(transpo
     async with pair(transport) as nodes:
         blocks = nodes.decode.worker._puller._blocks
 
-        def exhausted(block_ids: object) -> list[int]:
+        def exhausted(*_: object) -> list[int]:
             raise MemoryError
 
         with held(nodes.decode) as entered:
             healthy = asyncio.create_task(generate(nodes, prefill_request(PROMPT[::-1], max_tokens=20)))
             await entered()
             with monkeypatch.context() as patch:
-                patch.setattr(blocks, "checksums", exhausted)
+                for name in ("checksums", "fetch"):
+                    patch.setattr(blocks, name, exhausted)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await generate(nodes, prefill_request(PROMPT))
         assert from_rpc_error(caught.value).reason is Reason.KV_BLOCKS_EXHAUSTED
