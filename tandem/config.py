@@ -39,6 +39,7 @@ KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
         "TANDEM_PREFIX_CACHE",
         "TANDEM_TRANSPORTS",
         "TANDEM_LEASE_S",
+        "TANDEM_STALLED_LIMIT_S",
         "TANDEM_KV_HOST",
         "TANDEM_ADVERTISED_HOST",
         # Prefill workers.
