@@ -33,7 +33,7 @@ class AdmissionLimits:
     max_running: int
     max_queued: int
     max_queued_tokens: int
-    max_wait_s: float = 10.0
+    max_wait_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,19 @@ class Admission:
 
     def _prefill_is_busy(self, size: Size) -> bool:
         """One prompt of a size may always be there."""
+        return self._prefill_ahead_s(size) > PREFILL_AHEAD_S
+
+    def _prefill_ahead_s(self, size: Size) -> float:
+        """Work of the prefill workers that comes before such a prompt."""
+        mine = size_class(size.prompt_tokens)
+        return self._prefill_s(sum(tokens for other, tokens in self._prefilling.items() if other <= mine))
+
+    def _prefill_s(self, num_tokens: int) -> float:
+        """How long all prefill workers take for them; 0 as long as their speed is not known."""
         capacity = self._capacity()
         if capacity is None or not capacity.prefill_tokens_per_s:
-            return False
-        mine = size_class(size.prompt_tokens)
-        ahead = sum(tokens for other, tokens in self._prefilling.items() if other <= mine)
-        return ahead > PREFILL_AHEAD_S * capacity.prefill_tokens_per_s
+            return 0.0
+        return num_tokens / capacity.prefill_tokens_per_s
 
     def _has_room(self, size: Size) -> bool:
         """Of the decode workers. There is always room for one: a worker knows best whether it holds that."""
@@ -241,16 +248,23 @@ class Admission:
             raise self._full()
 
     def _check_wait(self, newcomer: Waiting[_Turn], deadline: float) -> None:
-        """Whoever would wait too long is told so now and not then."""
+        """Whoever would wait too long, here and then in a prefill worker, is told so now and not then."""
         now = self._clock()
-        wait_s = self._rate.wait_s(self._queue.num_before(newcomer), now)
-        if wait_s is None:
-            return
-        if wait_s > (deadline - now) * WAITING_SHARE:
-            message = f"the request would wait for some {wait_s:.1f} s of the {deadline - now:.1f} s that it has"
-            raise TandemError(Reason.DEADLINE_EXCEEDED, message)
-        if wait_s > self._limits.max_wait_s:
+        here_s, there_s = self._waits_s(newcomer, now)
+        if here_s + there_s > (deadline - now) * WAITING_SHARE:
+            message = f"the request would wait for some {here_s + there_s:.1f} s of the {deadline - now:.1f} s that it has"
+            raise TandemError(Reason.DEADLINE_EXCEEDED, message, retry_after_s=_retry_after_s(here_s))
+        if here_s > self._limits.max_wait_s:
             raise self._full()
+
+    def _waits_s(self, newcomer: Waiting[_Turn], now: float) -> tuple[float, float]:
+        """How long a newcomer would wait here, and in a prefill worker. Places come by the measured rate, and no faster than the
+        prefill workers compute what is before them: after a burst only that can tell."""
+        number, tokens = self._queue.ahead_of(newcomer)
+        size = newcomer.item.size
+        there_s = self._prefill_ahead_s(size)
+        here_s = there_s - PREFILL_AHEAD_S + self._prefill_s(tokens)
+        return max(here_s, self._rate.wait_s(number, now) or 0.0), there_s
 
     def _full(self) -> TandemError:
         wait_s = self._rate.wait_s(self.num_queued, self._clock())
@@ -258,5 +272,9 @@ class Admission:
             Reason.QUEUE_FULL,
             f"the gateway is full: {self._num_running} requests run and {self.num_queued} wait",
             metadata={"running_requests": str(self._num_running), "queued_requests": str(self.num_queued)},
-            retry_after_s=None if wait_s is None else min(max(wait_s, SHORTEST_RETRY_S), LONGEST_RETRY_S),
+            retry_after_s=None if wait_s is None else _retry_after_s(wait_s),
         )
+
+
+def _retry_after_s(wait_s: float) -> float:
+    return min(max(wait_s, SHORTEST_RETRY_S), LONGEST_RETRY_S)

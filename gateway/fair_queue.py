@@ -75,18 +75,17 @@ class FairQueue(Generic[T]):
         self._count(waiting, -1)
         return True
 
-    def num_before(self, newcomer: Waiting[T]) -> int:
-        """About how many would be let in before a newcomer: those of its class, and of each other class as many as get as much."""
-        tokens, number = 0, 0
+    def ahead_of(self, newcomer: Waiting[T]) -> tuple[int, int]:
+        """About how many would be let in before a newcomer, and their tokens: all of its class, and of each other class as many as
+        get as much."""
         mine = self._classes.get(newcomer.size_class)
-        if mine is not None:
-            number = len(mine.waiting)
-            tokens = sum(each.num_tokens for each in mine.waiting)
-        tokens += newcomer.num_tokens
+        before = [each.num_tokens for each in mine.waiting] if mine is not None else []
+        tokens = sum(before) + newcomer.num_tokens
         for size_class, other in self._classes.items():
             if size_class != newcomer.size_class:
-                number += sum(so_far <= tokens for so_far in accumulate(each.num_tokens for each in other.waiting))
-        return number
+                sizes = [each.num_tokens for each in other.waiting]
+                before += [size for size, so_far in zip(sizes, accumulate(sizes), strict=True) if so_far <= tokens]
+        return len(before), sum(before)
 
     def _count(self, waiting: Waiting[T], sign: int) -> None:
         self.num_waiting += sign

@@ -33,7 +33,12 @@ class GatewaySettings:
         default=1_000_000, metadata={"help": "most prompt tokens of waiting requests; more are refused", "minimum": 0}
     )
     max_wait_s: float = field(
-        default=10.0, metadata={"help": "seconds; requests that would wait longer for their turn are refused", "minimum": 0.001}
+        default=60.0,
+        metadata={
+            "help": "seconds; requests that would wait longer for their turn are refused, and those that would wait for half of "
+            "the time that their deadline leaves",
+            "minimum": 0.001,
+        },
     )
     max_deadline_s: float = field(
         default=3600.0, metadata={"help": "longest time for a request, also without a deadline, in seconds", "minimum": 0.001}

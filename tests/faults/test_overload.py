@@ -12,12 +12,11 @@ LOW_GOAL = 0.7
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.xfail(reason="known defect: 58 to 65 % of the peak on a quiet machine, see docs/reliability.md", strict=False)
 async def test_e1_goodput_does_not_collapse(tmp_path: Path) -> None:
     """Of the two shapes the one in which nobody refuses anything: prefill workers queue whatever comes."""
     async with Suite(SHAPES["prefill"], tmp_path) as suite:
         outcome = await Overload(suite, seed=1).run(8.0, [10.0], recovery_s=5.0)
         await suite.wait_idle()
     assert outcome.problems(LOW_GOAL) == []
-    refused = [record for stage in outcome.overloads for record in stage.records if record.code == "RESOURCE_EXHAUSTED"]
+    refused = [record for stage in outcome.overloads for record in stage.records if record.code != "OK" and record.has_retry_info]
     assert len(refused) > 100, "the load was not there"

@@ -185,6 +185,22 @@ async def test_a_deadline_that_waiting_would_use_up_is_refused_at_once() -> None
     await leave(clients, admission)
 
 
+async def test_after_a_burst_the_prefill_workers_speed_tells_how_long_a_wait_will_be() -> None:
+    """No place has changed hands yet. They compute 10 tokens a second, and 10 are work for the second that they are given ahead."""
+    admission = Admission(AdmissionLimits(100, 100, 10_000), Clock(), lambda: Capacity(100, 10_000, prefill_tokens_per_s=10.0))
+    clients = [Client(admission) for _ in range(31)]
+    await settle()
+    assert (admission.num_running, admission.num_queued) == (11, 20)
+    error = await refusal(admission, deadline=6.1)  # 31 tokens are before it
+    assert error.reason is Reason.DEADLINE_EXCEEDED
+    assert error.retry_after_s == pytest.approx(2.1)
+    patient = asyncio.create_task(refusal(admission, deadline=6.5))
+    await settle()
+    assert admission.num_queued == 21
+    patient.cancel()
+    await leave(clients, admission)
+
+
 async def test_a_wait_that_is_too_long_is_refused_with_the_time_that_it_takes_to_drain() -> None:
     clock = Clock()
     admission = steady(clock, max_wait_s=5.0)

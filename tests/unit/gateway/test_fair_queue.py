@@ -95,8 +95,10 @@ def test_a_newcomer_has_no_more_before_it_than_wait(sizes: list[int], newcomer: 
     for size in sizes:
         queue.push(Waiting(size, size))
     mine = Waiting(newcomer, -1)
-    assert 0 <= queue.num_before(mine) <= len(sizes)
-    assert queue.num_before(mine) >= sum(Waiting(size, 0).size_class == mine.size_class for size in sizes)
+    number, tokens = queue.ahead_of(mine)
+    same = [size for size in sizes if Waiting(size, 0).size_class == mine.size_class]
+    assert len(same) <= number <= len(sizes)
+    assert sum(same) <= tokens <= sum(sizes)
 
 
 def test_the_drain_rate_is_what_was_measured() -> None:
