@@ -29,7 +29,7 @@ inline Half half_at(const uint64_t* words) {
 // Each word's lane gains low * high of (word ^ key), and its neighbour the word.
 inline Half added(Half lanes, Half words, Half keys) {
     const Half keyed = words ^ keys;
-    return lanes + (keyed & 0xFFFFFFFFu) * (keyed >> 32) + __builtin_shufflevector(words, words, 1, 0, 3, 2);
+    return lanes + (keyed & 0xFFFFFFFFu) * (keyed >> 32) + Half{words[1], words[0], words[3], words[2]};
 }
 
 inline Half scrambled(Half lanes, Half keys) { return (lanes ^ (lanes >> 47) ^ keys) * 0x9E3779B1u; }
