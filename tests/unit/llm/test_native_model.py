@@ -1,6 +1,9 @@
 """The native step against the model of torch operations: odd shapes, mixed batches, every instruction set that runs here."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +186,28 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Any, monkeypatch: pytest.Monk
     with pytest.raises(library.NativeUnavailableError, match="no such flag"):
         library.build(tmp_path, "portable")
     assert not list((tmp_path / "native").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    taken = tmp_path / "cache"
+    taken.write_text("no directory")
+    with pytest.raises(library.NativeUnavailableError, match="could not make"):
+        library.build(taken, SETS[-1])
+
+
+_MANY_THREADS = """
+import ctypes, resource, sys
+from pathlib import Path
+from llm.ops.cpu.native import library, structures
+native = library.load(Path(sys.argv[1]))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+print(native.tandem_create(ctypes.byref(structures.Model()), 200))
+"""
+
+
+def test_threads_that_cannot_be_made_end_no_process() -> None:
+    """Each wants memory for a stack, and there is too little."""
+    command = (sys.executable, "-c", _MANY_THREADS, str(cache_directory()))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "None"), done.stderr

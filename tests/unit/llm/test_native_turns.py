@@ -111,6 +111,16 @@ def test_a_process_that_dies_in_its_turn_holds_nobody_up(native: Any, tmp_path: 
             assert mine._mine
 
 
+@pytest.mark.parametrize("size", [0, 8, 4096])
+def test_memory_of_another_version_is_left_alone(native: Any, tmp_path: Path, size: int) -> None:
+    """To touch it beyond its end would end the process."""
+    (tmp_path / "turns").write_bytes(bytes(size))
+    mine = Turns(native, tmp_path / "turns")
+    assert not mine.shared
+    with mine.turn():
+        assert not mine._mine
+
+
 def test_without_shared_memory_steps_run_as_they_come(native: Any, tmp_path: Path) -> None:
     mine = Turns(native, tmp_path / "missing" / "turns")
     with mine.turn():

@@ -6,6 +6,7 @@ it; it is kept in the cache directory under a name that tells sources, compiler 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -82,18 +83,21 @@ def _compile(path: Path, instruction_set: str) -> None:
     program = compiler()
     if program is None:
         raise NativeUnavailableError("no C++ compiler was found (c++, g++, clang++ or $CXX)")
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}")
     command = [program, *FLAGS, *INSTRUCTION_SETS[instruction_set], str(FOLDER / "library.cpp"), "-o", str(written)]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
         if done.returncode:
             raise NativeUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
+        with written.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name and nothing behind it
         written.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"{program} could not be run: {error}") from error
+        raise NativeUnavailableError(f"{program} could not make {path}: {error}") from error
     finally:
-        written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            written.unlink(missing_ok=True)
 
 
 def _digest(instruction_set: str) -> str:

@@ -50,7 +50,9 @@ class NativeModel:
     ) -> None:
         """`turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers."""
         self.config, self._library, self._turns = config, library, turns
-        self.description = f"native {Path(library._name).stem.rpartition('-')[2]}{', in turns' if turns is not None else ''}"
+        self.description = (
+            f"native {Path(library._name).stem.rpartition('-')[2]}{', in turns' if turns is not None and turns.shared else ''}"
+        )
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
         self._shapes = {item.name: item.shape for item in plan_tensors(config)}
@@ -60,7 +62,7 @@ class NativeModel:
         self._step = library.tandem_create(ctypes.byref(self._model), threads)
         if not self._step:
             raise MemoryError("the threads of a native step could not be made")
-        weakref.finalize(self, library.tandem_destroy, self._step)
+        weakref.finalize(self, library.tandem_destroy, self._step).atexit = False  # a thread may be in a step then
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""

@@ -65,14 +65,15 @@ class Team {
    public:
     // The caller of `run` is one of the threads.
     explicit Team(int size) : size_(size), seats_(new Seat[size]) {
-        for (int index = 1; index < size; index++) threads_.emplace_back([this, index] { serve(index); });
+        try {
+            for (int index = 1; index < size; index++) threads_.emplace_back([this, index] { serve(index); });
+        } catch (...) {  // there is no destructor to come that would end those made so far
+            end();
+            throw;
+        }
     }
 
-    ~Team() {
-        ending_ = true;
-        for (int index = 1; index < size_; index++) call(seats_[index]);
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
 
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -130,6 +131,12 @@ class Team {
         std::atomic<uint32_t> calls{0};
         int64_t slept = 0;
     };
+
+    void end() {
+        ending_ = true;
+        for (int index = 1; index < size_; index++) call(seats_[index]);
+        for (auto& thread : threads_) thread.join();
+    }
 
     static void call(Seat& seat) {
         seat.calls.fetch_add(1, std::memory_order_release);

@@ -29,7 +29,12 @@ class Turns:
         self._mine = False
         self._taken_at = self._distrust_until = 0.0
         if self._turns:
-            weakref.finalize(self, library.tandem_close_turns, self._turns)
+            weakref.finalize(self, library.tandem_close_turns, self._turns).atexit = False  # a thread may be in its turn then
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes can be waited for at all."""
+        return bool(self._turns)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
