@@ -139,13 +139,13 @@ class KvServer:
 
     async def _send_blocks(self, connection: Connection, ticket_id: str, frame: NewsFrame) -> None:
         epoch, first, last = frame.epoch, frame.first_block_index, frame.first_block_index + frame.num_blocks
-        block_ids = self._source.block_ids(ticket_id, epoch)[first:last]
         try:
+            block_ids = self._source.block_ids(ticket_id, epoch)[first:last]
             async with aclosing(self._stage.lend(block_ids)) as runs:
                 async for run in runs:
                     await connection.send_blocks(run, lambda: self._source.check(ticket_id, epoch))
         except TandemError as error:
-            # Half of a block may be on its way; only the connection's end can tell the consumer.
+            # The consumer expects bytes of blocks now; only the connection's end can tell it.
             raise ConnectionAbortedError(error.message) from error
 
 

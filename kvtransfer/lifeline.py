@@ -84,7 +84,7 @@ class Lifeline:
             while not self._stopped.is_set():
                 self._beat_all()
                 self._stopped.wait(BEAT_S)
-        except (OSError, FrameError) as error:
+        except (OSError, FrameError, UnicodeError) as error:  # the last for what cannot be a host's name
             self._lose(str(error) or type(error).__name__)
         finally:
             self._hang_up()

@@ -142,6 +142,13 @@ def test_a_frozen_or_cut_off_producer_is_lost_when_it_does_not_answer(monkeypatc
         assert isinstance(told.wait(), StalledPullError)
 
 
+def test_a_producer_whose_host_cannot_be_one_is_lost() -> None:
+    told = Heard()
+    with line(HeartbeatPort("a..b", 1)) as alive, alive.follow(TICKET, told):
+        assert isinstance(told.wait(), StalledPullError)
+    assert alive.gone, "the next pull would follow a thread that has ended"
+
+
 def test_another_process_at_the_address_is_not_the_producer(
     server: tuple[HeartServer, HeartbeatPort], pulse: CountingPulse
 ) -> None:

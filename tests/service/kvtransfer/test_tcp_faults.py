@@ -109,6 +109,23 @@ async def test_a_producer_that_falls_silent_is_given_up_within_the_stall_time(mo
         assert asyncio.get_running_loop().time() - began < 2.0
 
 
+async def test_a_ticket_that_ends_before_its_blocks_are_sent_is_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error told behind the frame would be taken for bytes of a block, of which the consumer would wait for the rest."""
+    whole = kv_server._news
+    async with transfer("tcp") as at:
+        ticket = await at.sealed()
+
+        def last(ticket_id: str, frame: NewsFrame, block_bytes: int) -> NewsMessage:
+            at.producer.release(ticket.ticket_id, ticket.epoch)
+            return whole(ticket_id, frame, block_bytes)
+
+        monkeypatch.setattr(kv_server, "_news", last)
+        with pytest.raises(TandemError) as caught:
+            await at.puller.pull(ticket, MINE)
+        assert caught.value.reason is Reason.TICKET_NOT_FOUND
+        assert [row.resumed for row in at.puller.counters()] == [1]
+
+
 async def test_a_slow_prefill_is_not_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life keep a pull waiting far beyond the stall time."""
     signs: list[NewsFrame] = []
