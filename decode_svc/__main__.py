@@ -8,6 +8,7 @@ from tandem.compute import prepare_compute
 from tandem.config import load_settings
 from tandem.logs import configure_logging
 from tandem.parent_watch import leave_at_once, watch_parent
+from tandem.pauses import without_collection
 from tandem.server import run
 from tandem.tracing import configure_tracing
 
@@ -19,7 +20,8 @@ def main() -> None:
     if settings.server.exit_with_parent:
         watch_parent(leave_at_once)  # while the model loads; the server takes over when it starts
     prepare_compute(settings.weights)
-    from decode_svc.worker import serve  # torch reads its environment when imported
+    with without_collection():
+        from decode_svc.worker import serve  # torch reads its environment when imported
 
     run(serve(settings))
 

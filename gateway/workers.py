@@ -33,7 +33,7 @@ class WatchTimes:
 
     look_up_s: float = 2.0
     first_pause_s: float = 0.1
-    longest_pause_s: float = 1.0
+    longest_pause_s: float = 0.25
     silence_s: float = 1.8
 
 

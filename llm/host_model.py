@@ -29,6 +29,8 @@ class HostModel(Protocol):
     """How it computes, for people."""
     layer_done: Callable[[], None]
     """Called once per layer of each long step, and at least once a step."""
+    compiles: bool
+    """Whether the first step of each kind compiles kernels, or reads them from the disk."""
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""

@@ -33,6 +33,7 @@ class Model:
     """Weights and operations together. Holds no state between calls; K and V live in the pool it is given."""
 
     description = "operation by operation"
+    compiles = True
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], operations: Operations) -> None:
         self.config, self._operations = config, operations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -122,21 +122,24 @@ class ModelRunner:
         """Compiles kernels and touches the weights. Overwrites the pool's first blocks: call it before any is handed out."""
         assert self._pool is not None, "attach a pool first"
         report = progress or self._progress
-        batches = _warm_up_batches(self.config, self._pool.shape[0], self._pool.shape[4])
-        with _compiling(self._settings, self._progress):
+        compiles = self._model.compiles
+        batches = _warm_up_batches(self.config, self._pool.shape[0], self._pool.shape[4], compiles)
+        with _compiling(self._settings, self._progress) if compiles else nullcontext():
             for index, slices in enumerate(batches):
                 report(index / len(batches), "preparing kernels")
                 self.forward(slices)
         report(1.0, "ready")
 
 
-def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int) -> list[list[SequenceSlice]]:
-    """One, two and several sequences of one token, then chunks too long for the kernels of few rows."""
+def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int, compiles: bool) -> list[list[SequenceSlice]]:
+    """One, two and several sequences of one token, then chunks too long for the kernels of few rows. Where nothing is compiled it
+    is enough to touch the weights, with a decode step and a small chunk."""
     capacity = min(config.context_tokens, num_blocks * block_tokens)
     blocks = range(num_blocks)
     single = SequenceSlice([0], 0, blocks)
-    chunks = [SequenceSlice([0] * tokens, 0, blocks) for tokens in (8, 64, 512) if tokens <= capacity]
-    return [[single] * count for count in (1, 2, 3)] + [[chunk] for chunk in chunks]
+    counts, sizes = ((1, 2, 3), (8, 64, 512)) if compiles else ((1,), (8,))
+    chunks = [SequenceSlice([0] * tokens, 0, blocks) for tokens in sizes if tokens <= capacity]
+    return [[single] * count for count in counts] + [[chunk] for chunk in chunks]
 
 
 def _check_packed(format: WeightFormat, settings: RunnerSettings, progress: Progress) -> None:

@@ -8,6 +8,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 CLIENT_KEEPALIVE_S = 10.0
 INTERNAL_KEEPALIVE_S = 1.0
 INTERNAL_PING_TIMEOUT_S = 1.0
+# Pauses between attempts to connect. Within the suite they are most of the time in which a worker that serves is not yet used.
+RECONNECT_S = 1.0
+INTERNAL_RECONNECT_S = 0.2
 PING_TIMEOUT_S = 2.0
 
 DEFAULT_RECEIVE_BYTES = 4 * 1024 * 1024
@@ -21,9 +24,10 @@ def open_channel(
     keepalive_s: float = CLIENT_KEEPALIVE_S,
     ping_timeout_s: float = PING_TIMEOUT_S,
     max_receive_bytes: int = DEFAULT_RECEIVE_BYTES,
+    reconnect_s: float = RECONNECT_S,
 ) -> grpc.aio.Channel:
     """A plaintext channel with a connection of its own; the caller closes it. Calls on it are never retried by gRPC."""
-    options = channel_options(keepalive_s, ping_timeout_s, max_receive_bytes)
+    options = channel_options(keepalive_s, ping_timeout_s, max_receive_bytes, reconnect_s)
     return grpc.aio.insecure_channel(address, options=options)
 
 
@@ -34,10 +38,13 @@ def open_internal_channel(address: str, *, max_receive_bytes: int = DEFAULT_RECE
         keepalive_s=INTERNAL_KEEPALIVE_S,
         ping_timeout_s=INTERNAL_PING_TIMEOUT_S,
         max_receive_bytes=max_receive_bytes,
+        reconnect_s=INTERNAL_RECONNECT_S,
     )
 
 
-def channel_options(keepalive_s: float, ping_timeout_s: float, max_receive_bytes: int) -> tuple[tuple[str, int], ...]:
+def channel_options(
+    keepalive_s: float, ping_timeout_s: float, max_receive_bytes: int, reconnect_s: float = RECONNECT_S
+) -> tuple[tuple[str, int], ...]:
     """gRPC's channel arguments. Keepalive without `ping_timeout_ms` does not notice a frozen peer (gRPC keepalive guide)."""
     return (
         ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
@@ -49,7 +56,7 @@ def channel_options(keepalive_s: float, ping_timeout_s: float, max_receive_bytes
         # gRPC spreads the pauses by a fifth, so that not all come back at once.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", round(reconnect_s * 1000)),
         # Retry and resume are decided in one place, the gateway's relay.
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),

@@ -40,6 +40,8 @@ def refusal(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> str | N
 class NativeModel:
     """Stands in llm.model.Model's place. Holds no state between calls; K and V live in the pool it is given."""
 
+    compiles = False
+
     def __init__(
         self,
         config: ModelConfig,
