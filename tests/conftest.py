@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.fakes.clock import Clock
+
 # On a busy machine a single example may take any time; each test has a limit of its own.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -23,3 +25,9 @@ _forget_own_settings()
 def repository() -> Path:
     """The repository's root."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Stands still until the test moves it."""
+    return Clock()

@@ -22,21 +22,12 @@ from tandem.channels import open_internal_channel
 from tandem.interceptor import Interceptor
 from tandem.server import server_options
 from tandem.worker.v1 import kv_pb2_grpc
+from tests.fakes.clock import Clock
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
 NUM_BLOCKS = 40
 LEASE_S = 5.0
 FIRST_TOKEN = 4711
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gateway.admission import PREFILL_AHEAD_S, Admission, AdmissionLimits, Size
 from gateway.capacity import Capacity
 from tandem.errors import Reason, TandemError
+from tests.fakes.clock import Clock
 
 FOREVER = float("inf")
 
@@ -142,14 +143,6 @@ async def _random_walk(steps: list[tuple[str, int, int]]) -> None:
     await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 async def drained(admission: Admission, clock: Clock, num_waiting: int) -> list[Client]:
     """One place, which has changed hands every second for a while, and `num_waiting` that still wait."""
     clients = [Client(admission) for _ in range(num_waiting + 12)]
@@ -174,7 +167,7 @@ async def refusal(admission: Admission, deadline: float) -> TandemError:
 
 
 async def test_a_deadline_that_waiting_would_use_up_is_refused_at_once() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     admission = steady(clock)
     clients = await drained(admission, clock, 4)
     assert (await refusal(admission, clock.now + 9.0)).reason is Reason.DEADLINE_EXCEEDED
@@ -187,7 +180,7 @@ async def test_a_deadline_that_waiting_would_use_up_is_refused_at_once() -> None
 
 async def test_after_a_burst_the_prefill_workers_speed_tells_how_long_a_wait_will_be() -> None:
     """No place has changed hands yet. They compute 10 tokens a second, and 10 are work for the second that they are given ahead."""
-    admission = Admission(AdmissionLimits(100, 100, 10_000), Clock(), lambda: Capacity(100, 10_000, prefill_tokens_per_s=10.0))
+    admission = Admission(AdmissionLimits(100, 100, 10_000), Clock(0.0), lambda: Capacity(100, 10_000, prefill_tokens_per_s=10.0))
     clients = [Client(admission) for _ in range(31)]
     await settle()
     assert (admission.num_running, admission.num_queued) == (11, 20)
@@ -202,7 +195,7 @@ async def test_after_a_burst_the_prefill_workers_speed_tells_how_long_a_wait_wil
 
 
 async def test_a_wait_that_is_too_long_is_refused_with_the_time_that_it_takes_to_drain() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     admission = steady(clock, max_wait_s=5.0)
     clients = await drained(admission, clock, 8)
     error = await refusal(admission, FOREVER)
@@ -212,7 +205,7 @@ async def test_a_wait_that_is_too_long_is_refused_with_the_time_that_it_takes_to
 
 
 async def test_what_has_expired_in_the_queue_never_begins() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     admission = steady(clock)
     first = Client(admission)
     await settle()

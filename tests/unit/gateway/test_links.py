@@ -6,21 +6,9 @@ from hypothesis import strategies as st
 
 from gateway import links
 from gateway.links import Links
+from tests.fakes.clock import Clock
 
 PAIR, OTHER = ("p", "d"), ("p", "e")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -12,21 +12,9 @@ from gateway.job import GenerationJob, OutputOptions, Sampling, Stopping
 from gateway.quarantine import Quarantine, fingerprint
 from gateway.routing import Role, Worker
 from tandem.errors import Reason, TandemError
+from tests.fakes.clock import Clock
 
 JOB = GenerationJob("id", "model", (1, 2, 3), Sampling(seed=1), Stopping(5), OutputOptions(), 100.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def test_a_request_is_known_by_its_tokens_and_sampling() -> None:
@@ -44,7 +32,7 @@ def test_quarantine_ends(clock: Clock) -> None:
         remembered.check(JOB)
     assert raised.value.reason is Reason.REQUEST_QUARANTINED
     remembered.check(replace(JOB, token_ids=(9,)))
-    clock.now = quarantine.QUARANTINE_S
+    clock.now += quarantine.QUARANTINE_S
     remembered.check(JOB)
 
 

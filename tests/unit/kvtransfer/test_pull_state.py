@@ -5,21 +5,7 @@ import pytest
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PulledTickets, PullState, StalledPullError
 from kvtransfer.states import State
 from tandem.errors import Reason, TandemError
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.fakes.clock import Clock
 
 
 @pytest.fixture

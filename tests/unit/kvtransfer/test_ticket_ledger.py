@@ -11,19 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvtransfer.ledger import Entry, TicketLedger
 from kvtransfer.states import State
 from tandem.errors import Reason, TandemError
+from tests.fakes.clock import Clock
 
 LEASE_S = 5.0
 GONE = TandemError(Reason.CANCELLED, "the prefill was cancelled")
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Fixture:

@@ -12,16 +12,9 @@ import pytest
 from llm.ops.cpu.native import library
 from llm.ops.cpu.native.turns import SLICE_S, Turns
 from tandem.models import cache_directory
+from tests.fakes.clock import Clock
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
