@@ -31,6 +31,17 @@ _REPEATS_S = 1.5
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Batch sizes of decode steps with `context` tokens each, and tokens of prompts."""
+
+    model: str
+    threads: int
+    context: int = 256
+    decode: tuple[int, ...] = (1, 16)
+    prefill: tuple[int, ...] = (512, 2048)
+
+
+@dataclass(frozen=True)
 class Figure:
     """One case; milliseconds. `phases` are means, scaled so that they are parts of the median."""
 
@@ -47,14 +58,8 @@ class Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     for format in options.weights:
-        model, pool = _load(options, format)
-        cases = {f"decode {batch}": _decode(batch, options.context) for batch in options.decode}
-        cases |= {
-            f"prefill {tokens}": [SequenceSlice(range(100, 100 + tokens), 0, range(-(-tokens // _PAGE)))]
-            for tokens in options.prefill
-        }
-        figures = [_measure(model, pool, name, slices) for name, slices in cases.items()]
-        _print_table(f"{options.model}, {format} weights, {options.threads} threads", figures)
+        steps = Steps(options.model, options.threads, options.context, tuple(options.decode), tuple(options.prefill))
+        _print_table(f"{options.model}, {format} weights, {options.threads} threads", measure_steps(steps, format))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,13 +73,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _load(options: argparse.Namespace, format: WeightFormat) -> tuple[NativeModel, torch.Tensor]:
-    files = resolve_model(options.model)
+def measure_steps(steps: Steps, format: WeightFormat) -> list[Figure]:
+    """Decode steps first."""
+    model, pool = _load(steps, format)
+    cases = {f"decode {batch}": _decode(batch, steps.context) for batch in steps.decode}
+    cases |= {f"prefill {tokens}": _prefill(tokens) for tokens in steps.prefill}
+    return [_measure(model, pool, name, slices) for name, slices in cases.items()]
+
+
+def _load(steps: Steps, format: WeightFormat) -> tuple[NativeModel, torch.Tensor]:
+    files = resolve_model(steps.model)
     config = load_model_config(files.format, files.path, files.random_config)
     tensors = load_tensors(WeightRequest(files, config, format, "cpu", cache_directory()), lambda *_: None)
-    model = make_host_model(config, tensors, options.threads, cache_directory())
+    model = make_host_model(config, tensors, steps.threads, cache_directory())
     assert isinstance(model, NativeModel), "there is no native step here"
-    num_blocks = max([-(-options.context // _PAGE) * batch for batch in options.decode] + [-(-n // _PAGE) for n in options.prefill])
+    num_blocks = max([-(-steps.context // _PAGE) * batch for batch in steps.decode] + [-(-n // _PAGE) for n in steps.prefill])
     shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, _PAGE, config.head_dim)
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
     return model, torch.randn(shape).to(dtype)

@@ -47,9 +47,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Peer:
-    """`command` starts it; `installed` says whether it can be started by that Python; `hint` how to get it."""
+    """`command` starts it; `installed` says whether it can be started by that Python; `hint` how to get it. Of several ways to the
+    same `engine` the first that is installed is taken."""
 
     name: str
+    engine: str
     installed: Callable[[str], bool]
     command: Callable[[Place], Sequence[str]]
     hint: str
@@ -76,21 +78,54 @@ def _xllamacpp(place: Place) -> Sequence[str]:
     return (place.python, "-c", _XLLAMACPP, str(place.model), *numbers)
 
 
+def _openvino(place: Place) -> Sequence[str]:
+    numbers = map(str, (place.port, place.threads, SLOTS))
+    return (place.python, str(Path(__file__).with_name("openvino_front.py")), str(place.model), *numbers)
+
+
 PEERS = (
-    Peer("llama.cpp", lambda python: shutil.which("llama-server") is not None, _llama_server, "llama-server on the PATH"),
-    Peer("llama.cpp (xllamacpp)", _has_module("xllamacpp"), _xllamacpp, "pip install xllamacpp"),
+    Peer(
+        "llama.cpp", "llama.cpp", lambda python: shutil.which("llama-server") is not None, _llama_server, "llama-server on the PATH"
+    ),
+    Peer("llama.cpp (xllamacpp)", "llama.cpp", _has_module("xllamacpp"), _xllamacpp, "pip install xllamacpp"),
+    Peer("OpenVINO", "OpenVINO", _has_module("openvino_genai"), _openvino, "pip install openvino-genai"),
 )
 
 
+def installed(peers: Sequence[Peer], python: str) -> list[Peer]:
+    """Of each engine the first that `python` can start; what cannot be had is said. SystemExit if there is no such Python."""
+    if shutil.which(python) is None:
+        raise SystemExit(f"--peer-python {python}: there is no such program")
+    found: dict[str, Peer] = {}
+    for peer in peers:
+        if peer.engine not in found and peer.installed(python):
+            found[peer.engine] = peer
+    for engine in dict.fromkeys(peer.engine for peer in peers):
+        if engine not in found:
+            hints = " or ".join(peer.hint for peer in peers if peer.engine == engine)
+            print(f"left out: {engine} is not installed ({hints}; another Python: --peer-python)", flush=True)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class RunningPeer:
+    """A peer that was started here, and how long it took to its first answer."""
+
+    url: str
+    process_id: int
+    start_s: float
+
+
 @contextlib.contextmanager
-def running(peer: Peer, place: Place, log: Path) -> Iterator[str]:
-    """The URL of the peer while it serves. SystemExit if it does not come up; its own words are in `log`."""
+def running(peer: Peer, place: Place, log: Path) -> Iterator[RunningPeer]:
+    """The peer while it serves. SystemExit if it does not come up; its own words are in `log`."""
     with log.open("wb") as output:
+        began = time.monotonic()
         child = subprocess.Popen(peer.command(place), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{place.port}"
             _wait_until_serving(url, child, peer.name, log)
-            yield url
+            yield RunningPeer(url, child.pid, time.monotonic() - began)
         finally:
             child.terminate()
             try:
@@ -105,7 +140,7 @@ def _wait_until_serving(url: str, child: subprocess.Popen[bytes], name: str, log
     while not _answers(url):
         if child.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"{name} did not start; {log} says why")
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def _answers(url: str) -> bool:

@@ -1,6 +1,6 @@
 """Sets of loads that belong to a page of figures, with the goals beside them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.figures import Objective
@@ -89,5 +89,13 @@ CPU = Preset(
         Goal(ClosedLoop(1024, 64, 16).name, "itl_p99_ms", 250.0, "-"),
     ),
 )
+
+CPU_STEPS: Mapping[str, tuple[float, str]] = {
+    "decode 1": (120.0, "107.6 llama-bench Q4_0"),
+    "decode 16": (450.0, "-"),
+    "prefill 512": (2000.0, "617 llama-bench Q4_0"),
+    "prefill 2048": (1500.0, "380 llama-bench Q4_0"),
+}
+"""Steps alone on the same machine: tokens a second that are wanted, and the best other one."""
 
 PRESETS = {"performance-page": PERFORMANCE_PAGE, "cpu": CPU}

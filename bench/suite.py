@@ -24,6 +24,17 @@ class SuiteFacts:
     prefill: str
     decode: str
     vocabulary_size: int
+    formats: tuple[str, str]
+    """Weights of prefill and decode; of several workers, the first one's."""
+
+
+@dataclass(frozen=True)
+class OwnSuite:
+    """A suite that was started here: its gateway, its supervisor's process, and how long it took until it was ready."""
+
+    address: str
+    process_id: int
+    start_s: float
 
 
 @contextlib.contextmanager
@@ -32,11 +43,18 @@ def suite_at(address: str | None, up_arguments: Sequence[str]) -> Iterator[str]:
     if address:
         yield address
         return
-    port = free_port("127.0.0.1")
+    with own_suite(up_arguments) as suite:
+        yield suite.address
+
+
+@contextlib.contextmanager
+def own_suite(up_arguments: Sequence[str]) -> Iterator[OwnSuite]:
+    """Started, and stopped at the end. SystemExit if it does not start."""
+    port, began = free_port("127.0.0.1"), time.monotonic()
     child = subprocess.Popen([sys.executable, "-m", "tandem.cli", "up", "--port", str(port), *up_arguments])
     try:
         _wait_until_ready(f"127.0.0.1:{port}", child)
-        yield f"127.0.0.1:{port}"
+        yield OwnSuite(f"127.0.0.1:{port}", child.pid, time.monotonic() - began)
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait()
@@ -47,7 +65,7 @@ def _wait_until_ready(address: str, child: subprocess.Popen[bytes]) -> None:
     while probe(address, "gateway.ready") != "SERVING":
         if child.poll() is not None or time.monotonic() > deadline:
             raise SystemExit("the suite did not start; its own messages say why")
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 async def describe(address: str) -> SuiteFacts:
@@ -59,4 +77,5 @@ async def describe(address: str) -> SuiteFacts:
     prefill, decode = (
         ", ".join(f"{worker.device} {worker.weight_format}" for worker in suite.workers if worker.role == role) for role in roles
     )
-    return SuiteFacts(model.name, prefill, decode, model.vocabulary_size)
+    formats = {worker.role: worker.weight_format for worker in reversed(suite.workers)}
+    return SuiteFacts(model.name, prefill, decode, model.vocabulary_size, (formats[roles[0]], formats[roles[1]]))
