@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.gpu_timing import Ceilings, measure_ceilings
+from bench.gpu_timing import Ceilings, measure_ceilings, need_gpu
+from bench.options import new_parser
 from decode_svc.kernels.paged_attention import PagedAttention
 from llm.batch import SequenceSlice
 from llm.config import ModelConfig
@@ -64,6 +65,7 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
+    need_gpu()
     ceilings = measure_ceilings()
     print(f"{torch.cuda.get_device_name()}: {ceilings}", flush=True)
     figures = []
@@ -79,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times prefill and decode steps alone.")
-    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(RANDOM_MODELS))
+    parser = new_parser("engine", "Times prefill and decode steps on a GPU alone, without services, against their floors.")
+    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(RANDOM_MODELS), help="its shape, with random weights")
     parser.add_argument("--decode", default="1,2,4,8,16,32,64,128", help="batch sizes of decode steps")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence that decodes")
     parser.add_argument("--prefill", default="512,1024,2048,4096,8192,15000", help="tokens of prompts")

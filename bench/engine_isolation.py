@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 
 from bench.generator_process import loop_factory
+from bench.options import new_parser
 from decode_svc.batcher import BatcherLimits, DecodeBatcher, SequenceState
 from decode_svc.engine import DecodeEngine
 from decode_svc.job import DecodeJob, StopRule
@@ -239,12 +240,14 @@ def _figure(name: str, gaps: Sequence[float], alone_ms: float) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What the event loop costs the engine thread.")
-    parser.add_argument("--streams", type=int, default=256)
+    parser = new_parser(
+        "engine_isolation", "What the event loop of a decode worker costs its engine thread; the device is a fake one."
+    )
+    parser.add_argument("--streams", type=int, default=256, help="sequences that decode, and streams")
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream, so steps of a run")
     parser.add_argument("--step-ms", type=float, default=8.0, help="a step on the device")
     parser.add_argument("--host-ms", type=float, default=1.0, help="processor time of a launch beside the engine's own")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(argv)
     figures: list[Figure] = []
     for name, follow in (("nobody reads", None), ("one Follow call", True), ("a call a stream", False)):

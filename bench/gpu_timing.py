@@ -24,6 +24,12 @@ class Ceilings:
     """A matrix product of 8,192 cubed on random values, by the library."""
 
 
+def need_gpu() -> None:
+    """SystemExit where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this program times a GPU, and torch finds none here (`tandem doctor` says why)")
+
+
 def median_us(calls: Sequence[Call], repeats: int = 15, target_us: float = 2_000.0) -> float:
     """Median time of one of `calls`, captured in a graph and replayed, so that the host's launching costs nothing.
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.options import new_parser
 from decode_svc.kernels import paged_attention
 from llm.ops.gpu import argmax, block_copy, checksum, draw, embed, rms_norm, rope, silu_mul, skinny_linear, weight_threshold
 from prefill_svc.kernels import chunk_attention
@@ -168,7 +169,8 @@ def _longest_loop(code: str) -> Counter[str]:
     return Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0] for text in longest)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    new_parser("kernel_resources", "What the compiler makes of each GPU kernel for Hopper (sm_90); needs no GPU.").parse_args(argv)
     table = Table(title="kernels for sm_90")
     for heading in ("kernel", "warps", "registers", "spilled bytes", "shared bytes", "loop", "of which"):
         table.add_column(heading, justify="left" if heading in ("kernel", "of which") else "right")

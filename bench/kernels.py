@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.gpu_timing import Call, Ceilings, measure_ceilings, median_us
+from bench.gpu_timing import Call, Ceilings, measure_ceilings, median_us, need_gpu
 from bench.kernel_cases import Case, all_cases
+from bench.options import new_parser
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
+    need_gpu()
     ceilings = measure_ceilings()
     print(f"{torch.cuda.get_device_name()}: {ceilings}", flush=True)
     figures = []
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times every GPU kernel alone.")
+    parser = new_parser("kernels", "Times every GPU kernel alone, against measured ceilings and the library's best.")
     parser.add_argument("--tune", action="store_true", help="also time the candidate shapes")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures here")

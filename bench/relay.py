@@ -19,6 +19,7 @@ from rich.table import Table
 from bench.figures import Figures, Objective, figures_of
 from bench.generator_pool import generator_pool
 from bench.loads import ClosedLoop, Extent
+from bench.options import new_parser
 from tandem.addresses import free_port
 from tandem.models import resolve_model
 from tandem.probe import probe
@@ -51,8 +52,8 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the gateway's cost of a token.")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256])
+    parser = new_parser("relay", "What a token costs the gateway: workers without a model, one gateway process, sending processes.")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256], help="streams at once, a load each")
     parser.add_argument("--step-ms", type=float, default=6.0, help="time between a stream's tokens; 0: as fast as it goes")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a request")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each load; its first half second is not counted")
@@ -127,8 +128,9 @@ def report(rows: dict[int, Figures], step_ms: float) -> None:
         "streams",
         "tok/s",
         "of ideal",
-        "CPU us/token",
+        "gateway us/token",
         "gateway busy",
+        "workers us/token",
         "tokens/message",
         "ITL p50/p99/max ms",
         "sender lag p99 ms",

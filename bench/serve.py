@@ -18,6 +18,7 @@ from rich.progress import Progress
 from bench.figures import Figures, Objective, figures_of, parse_objective
 from bench.generator_pool import GeneratorPool, default_num_processes, generator_pool
 from bench.loads import ClosedLoop, Extent, Load, parse_load
+from bench.options import new_parser
 from bench.plot import write_plot
 from bench.presets import PRESETS
 from bench.report import print_goals, print_ratios, print_table, write_json
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures a suite under load.")
+    parser = new_parser("serve", "Measures a suite, or another server, under load.")
     parser.add_argument("--address", help="gateway of a running suite; by default one is started")
     parser.add_argument("--up", nargs=argparse.REMAINDER, default=[], help="arguments for the `tandem up` that is started; last")
     parser.add_argument("--loads", type=parse_load, nargs="+", help="IN/OUT/STREAMS, IN/OUT@RATE, trace:FILE[@SPEED[xLENGTHS]]")
@@ -65,8 +66,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=DEFAULT_VOCABULARY_SIZE, help="token ids there, if it is measured alone")
     parser.add_argument("--text", action="store_true", help="send words there instead of token ids")
     parser.add_argument("--beside", action="store_true", help="measure the suite and the --openai server in turns")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for JSON and plots")
     arguments = parser.parse_args(argv)
     if arguments.beside and not arguments.openai:
         parser.error("--beside needs --openai")
