@@ -24,7 +24,6 @@ from typing import Any
 
 import grpc
 
-from bench.generator_process import loop_factory
 from bench.options import new_parser
 from decode_svc.batcher import BatcherLimits, DecodeBatcher, SequenceState
 from decode_svc.engine import DecodeEngine
@@ -36,6 +35,7 @@ from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
 from tandem.engine_thread import Courier
 from tandem.interceptor import Interceptor
+from tandem.server import loop_factory
 from tandem.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, prefill_pb2
 from tandem.worker_requests import ModelLimits
 

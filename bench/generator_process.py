@@ -7,10 +7,10 @@ a measurement a share. Ends at the end of its input.
 import asyncio
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from bench.generator import Client, Share, run_share
+from tandem.server import loop_factory
 
 
 async def serve() -> None:
@@ -38,15 +38,6 @@ def make_client(target: dict[str, Any]) -> Client:
 
 def answer(value: dict[str, Any]) -> None:
     print(json.dumps(value, separators=(",", ":")), flush=True)
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,13 +19,12 @@ from bench.figures import Figures, Objective, figures_of
 from bench.generator_pool import generator_pool
 from bench.loads import ClosedLoop, Extent
 from bench.options import new_parser
+from bench.suite import wait_until_ready
 from tandem.addresses import free_port
 from tandem.models import resolve_model
-from tandem.probe import probe
 
 MODEL = "random:tiny"
 VOCABULARY_SIZE = 512
-START_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,11 @@ def gateway(behind: Workers) -> Iterator[Gateway]:
     flags = ("--model", MODEL, "--port", str(port), *targets)
     child = subprocess.Popen([sys.executable, "-m", "gateway", *flags])
     try:
-        _wait_until_ready(f"127.0.0.1:{port}", child)
+        wait_until_ready(f"127.0.0.1:{port}", child)
         yield Gateway(f"127.0.0.1:{port}", psutil.Process(child.pid))
     finally:
         child.terminate()
         child.wait()
-
-
-def _wait_until_ready(address: str, child: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while probe(address, "gateway.ready") != "SERVING":
-        if child.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the gateway did not start; its own messages say why")
-        time.sleep(0.1)
 
 
 async def measure(served: Gateway, behind: Workers, arguments: argparse.Namespace) -> dict[int, Figures]:

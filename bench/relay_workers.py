@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from bench.generator_process import loop_factory
 from tandem.api.v1 import generation_pb2, operations_pb2
 from tandem.engine_thread import Mailbox
-from tandem.server import server_options
+from tandem.server import loop_factory, server_options
 from tandem.worker.v1 import (
     decode_pb2,
     decode_pb2_grpc,

@@ -53,18 +53,19 @@ def own_suite(up_arguments: Sequence[str]) -> Iterator[OwnSuite]:
     port, began = free_port("127.0.0.1"), time.monotonic()
     child = subprocess.Popen([sys.executable, "-m", "tandem.cli", "up", "--port", str(port), *up_arguments])
     try:
-        _wait_until_ready(f"127.0.0.1:{port}", child)
+        wait_until_ready(f"127.0.0.1:{port}", child)
         yield OwnSuite(f"127.0.0.1:{port}", child.pid, time.monotonic() - began)
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait()
 
 
-def _wait_until_ready(address: str, child: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(address: str, child: subprocess.Popen[bytes]) -> None:
+    """Returns once the gateway serves. SystemExit if it does not come to that."""
     deadline = time.monotonic() + START_LIMIT_S
     while probe(address, "gateway.ready") != "SERVING":
         if child.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the suite did not start; its own messages say why")
+            raise SystemExit("the gateway did not start to serve; its own messages say why")
         time.sleep(0.1)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,7 @@ from gateway.admission import Admission
 from gateway.routing import Condition, RequestCounts, Role, Worker
 from gateway.workers import WorkerDirectory
 from tandem.api.v1 import operations_pb2, operations_pb2_grpc
-from tandem.errors import Reason, TandemError, invalid_field
+from tandem.errors import Reason, TandemError
 from tandem.tracing import recent_spans
 from tandem.worker.v1 import status_pb2, status_pb2_grpc
 
@@ -22,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 SPANS_TIMEOUT_S = 1.0
 
-_TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _ROLES = {Role.PREFILL: operations_pb2.WORKER_ROLE_PREFILL, Role.DECODE: operations_pb2.WORKER_ROLE_DECODE}
 _CONDITIONS = {
     Condition.UNKNOWN: operations_pb2.WORKER_CONDITION_UNSPECIFIED,
@@ -72,11 +70,10 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         self, request: operations_pb2.GetTraceRequest, context: grpc.aio.ServicerContext
     ) -> operations_pb2.GetTraceResponse:
         trace_id = request.trace_id
-        if not _TRACE_ID.fullmatch(trace_id):
-            raise invalid_field("trace_id", "must be 32 lower-case hexadecimal digits")
+        own = recent_spans(trace_id)
         reachable = [worker for worker in self._directory.workers if worker.worker_id]
         found = await asyncio.gather(*(self._spans_of(worker, trace_id) for worker in reachable))
-        spans = [*recent_spans(trace_id), *itertools.chain.from_iterable(found)]
+        spans = [*own, *itertools.chain.from_iterable(found)]
         if not spans:
             raise TandemError(Reason.TRACE_NOT_FOUND, f"no process remembers trace {trace_id}", metadata={"trace_id": trace_id})
         in_order = sorted(spans, key=_start_ns)

@@ -186,7 +186,7 @@ def server_options(max_concurrent_streams: int) -> tuple[tuple[str, int], ...]:
 
 def run(main: Coroutine[Any, Any, int | None]) -> NoReturn:
     """Runs a process's main coroutine on uvloop and exits with its result; None is 0, an exception a traceback and 1."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             raise SystemExit(runner.run(main) or 0)
         except ListenError as error:
@@ -199,7 +199,7 @@ def run(main: Coroutine[Any, Any, int | None]) -> NoReturn:
             raise SystemExit(128 + signal.SIGINT) from None
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop where it exists, else (on Windows) asyncio's own loop."""
     try:
         import uvloop

@@ -1,6 +1,7 @@
 """Tracing set-up: spans are remembered here for a while, and exported over OTLP if the environment names an endpoint."""
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -12,7 +13,9 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.util.types import AttributeValue
 
 from tandem.api.v1 import operations_pb2
+from tandem.errors import invalid_field
 
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
 REMEMBERED_SPANS = 2000
 FLUSH_TIMEOUT_S = 2.0
 
@@ -77,7 +80,9 @@ def current_trace_id() -> str:
 
 
 def recent_spans(trace_id: str) -> list[operations_pb2.Span]:
-    """The finished spans of a trace that this process still remembers; ValueError if `trace_id` is not hexadecimal."""
+    """The finished spans of a trace that this process still remembers. Raises INVALID_REQUEST for what is no trace's id."""
+    if not _TRACE_ID.fullmatch(trace_id):
+        raise invalid_field("trace_id", "must be 32 lower-case hexadecimal digits")
     return [_to_message(span) for span in _memory.of_trace(trace_id)]
 
 
