@@ -113,7 +113,7 @@ async def test_strange_but_legal_text_is_served(suite: Suite) -> None:
 
 
 async def test_bad_input_does_not_hold_up_the_loop(suite: Suite) -> None:
-    """Between two turns of a task, this thread computes for a moment only. Its own time counts: other programs may have the cores."""
+    """Between two turns of a task this thread computes for a moment only. Its own time counts, since others may have the cores."""
     longest = 0.0
 
     async def beat() -> None:
