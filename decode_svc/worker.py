@@ -22,7 +22,7 @@ from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
-from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
 from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
@@ -51,7 +51,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
         device = choose_device(weights.device)
         runner_settings = RunnerSettings(
             role="decode",
-            cache_directory=cache_directory(),
+            cache_directory=writable_cache_directory(),
             device=device,
             dtype=weights.dtype,
             weights=weights.weights,
@@ -62,6 +62,8 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
     except (ModelError, DeviceError, DeviceMemoryError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
+    except OSError as error:  # a full disk, mostly
+        raise StartError(f"the model cannot be loaded: {error}") from error
 
 
 class DecodeWorker:
@@ -167,8 +169,8 @@ class DecodeWorker:
         await self._progress.close()
         await self._decode.close()
         await self._puller.close()
-        await asyncio.to_thread(self._engine.stop)
-        self._loaded.pool.close()
+        if await asyncio.to_thread(self._engine.stop):
+            self._loaded.pool.close()  # else a step still computes there, and the memory ends with the process
 
     def _works(self) -> dict[str, Work]:
         return {"engine": self._engine.thread.work(), "hand-off": self._puller.work()}

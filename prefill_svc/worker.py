@@ -23,7 +23,7 @@ from tandem.addresses import advertised_host, free_port, target
 from tandem.api.v1 import operations_pb2
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
-from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
 from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
@@ -53,7 +53,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
         device = choose_device(weights.device)
         runner_settings = RunnerSettings(
             role="prefill",
-            cache_directory=cache_directory(),
+            cache_directory=writable_cache_directory(),
             device=device,
             dtype=weights.dtype,
             weights=weights.weights,
@@ -64,6 +64,8 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
     except (ModelError, DeviceError, DeviceMemoryError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
+    except OSError as error:  # a full disk, mostly
+        raise StartError(f"the model cannot be loaded: {error}") from error
 
 
 class PrefillWorker:
@@ -179,8 +181,8 @@ class PrefillWorker:
     async def _close(self) -> None:
         await self._progress.close()
         await self._producer.close()
-        await asyncio.to_thread(self._engine.stop)
-        self._loaded.pool.close()
+        if await asyncio.to_thread(self._engine.stop):
+            self._loaded.pool.close()  # else a step still computes there, and the memory ends with the process
 
     def _works(self) -> dict[str, Work]:
         load = self._engine.load()

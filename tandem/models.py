@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "cache_directory",
     "resolve_model",
+    "writable_cache_directory",
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -59,6 +60,19 @@ def cache_directory() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "tandem"
+
+
+def writable_cache_directory() -> Path:
+    """The same, made if need be. Raises ModelError where nothing can be written to it."""
+    directory = cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError("not writable by this user")
+    except OSError as error:
+        message = f"Cannot write to the cache directory {directory}: {error}. Set TANDEM_CACHE_DIR to a writable directory."
+        raise ModelError(message) from error
+    return directory
 
 
 def resolve_model(name: str, *, download: bool = True, progress: Progress | None = None) -> ModelFiles:

@@ -24,7 +24,7 @@ from tandem.cli.requests import SamplingOptions, Turn, make_request
 from tandem.cli.status import get_suite, suite_table, workers_table
 from tandem.cli.suite_view import StartView, choose_transport
 from tandem.cli.terminal import CommandError, notes, output
-from tandem.models import ModelFiles, cache_directory
+from tandem.models import ModelFiles, writable_cache_directory
 from tandem.supervisor import ChildFailedError, Supervisor
 
 _POLL_S = 0.1
@@ -94,7 +94,7 @@ class _Suite:
 
     async def serve(self) -> None:
         """Start, serve until a signal or the last answer, and stop in order. Raises ChildFailedError."""
-        logs = cache_directory() / "logs" / f"port-{self._plan.port}"
+        logs = writable_cache_directory() / "logs" / f"port-{self._plan.port}"
         supervisor = Supervisor([member.spec for member in self._members], logs, self._view)
         with _stop_signal(supervisor) as stopped:
             async with supervisor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.models import RANDOM_MODELS, ModelError, cache_directory, resolve_model
+from tandem.models import RANDOM_MODELS, ModelError, cache_directory, resolve_model, writable_cache_directory
 
 
 @pytest.fixture
@@ -112,3 +112,13 @@ def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: py
 def test_model_files_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve_model("random:tiny").name = "x"  # type: ignore[misc]
+
+
+def test_a_cache_directory_that_cannot_be_had_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_CACHE_DIR", str(tmp_path / "made"))
+    assert writable_cache_directory().is_dir()
+    (tmp_path / "file").write_text("no directory")
+    for name in ("file", "file/below"):
+        monkeypatch.setenv("TANDEM_CACHE_DIR", str(tmp_path / name))
+        with pytest.raises(ModelError, match="Set TANDEM_CACHE_DIR"):
+            writable_cache_directory()
