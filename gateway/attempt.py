@@ -138,6 +138,8 @@ class Attempt:
             call = stub.Prefill(request, timeout=self._underway.remaining_s, metadata=call_metadata())
             try:
                 with self._fleet.holding(worker, call):
+                    if self._number == 1:  # later ones are said to be there before anything can come of them
+                        self._held.add(Hop.PREFILL)
                     while (event := await read(call)) is not None:
                         self._placed.prefill_arrived()
                         self._on_prefill(event, turn)
@@ -149,8 +151,9 @@ class Attempt:
 
     def _on_prefill(self, event: prefill_pb2.PrefillResponse, turn: Turn) -> None:
         match event.WhichOneof("event"):
-            case "admitted":
+            case "taken":
                 self._held.add(Hop.PREFILL)
+            case "admitted":
                 if not self._num_before:
                     self._completion.num_cached_tokens = event.admitted.cached_tokens
                 if event.admitted.HasField("ticket") and not self._ticket.done():
@@ -195,7 +198,8 @@ class Attempt:
 
     def _decode_failed(self, asked: list[Worker], error: TandemError) -> HopFailed:
         if error.reason in HANDOFF_BREAKS:
-            return HopFailed(Hop.HANDOFF, (asked[0], self._placed.placement.prefill), error, held=True)
+            held = not self._first_token.is_set()
+            return HopFailed(Hop.HANDOFF, (asked[0], self._placed.placement.prefill), error, held)
         workers = asked if error.reason in REFUSALS else asked[:1]
         return HopFailed(Hop.DECODE, tuple(workers), error, held=Hop.DECODE in self._held)
 

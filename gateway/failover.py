@@ -50,7 +50,8 @@ LOSSES = DISAPPEARANCES | HANDOFF_BREAKS | {Reason.ENGINE_FAILED, Reason.UNKNOWN
 
 @dataclass
 class HopFailed(Exception):
-    """One leg ended an attempt. `workers` were involved, the last to be asked first; `held` if it had taken the request."""
+    """One leg ended an attempt. `workers` were involved, the last to be asked first. `held`: it had the request in hand; of a hand-off,
+    the prefill worker had, since the prompt was not computed yet."""
 
     hop: Hop
     workers: tuple[Worker, ...]
@@ -65,6 +66,19 @@ class HopFailed(Exception):
     def pair(self) -> Pair | None:
         """Between which the hand-off broke."""
         return (self.workers[1].worker_id, self.workers[0].worker_id) if self.hop is Hop.HANDOFF else None
+
+    @property
+    def suspected(self) -> tuple[Hop, Worker] | None:
+        """The worker that may have died of the request, and at which hop. That its blocks stop coming may be the first to be heard of
+        a prefill worker's death."""
+        if not self.held:
+            return None
+        return (Hop.PREFILL, self.workers[1]) if self.hop is Hop.HANDOFF else (self.hop, self.workers[0])
+
+    @property
+    def told(self) -> bool:
+        """Whether the worker itself said what went wrong with it."""
+        return self.hop is not Hop.HANDOFF and not self.disappeared
 
     @property
     def disappeared(self) -> bool:
@@ -149,26 +163,27 @@ class Recovery:
 
     def _broke(self, failure: HopFailed, loss: Loss) -> None:
         self._num_moves += 1
+        hop, worker = failure.suspected or (failure.hop, None)
         if failure.pair is not None:
             self._broken_pairs[failure.pair] += 1
             if self._broken_pairs[failure.pair] >= MAX_FAILURES_IN_A_ROW:
                 self.tried_pairs.add(failure.pair)
         else:
             self.tried.add(failure.workers[0].worker_id)
-            if failure.held:
-                self._note(failure, loss)
-        in_a_row = self._in_a_row[failure.hop]
+        in_a_row = self._in_a_row[hop]
+        if worker is not None:
+            self._note(in_a_row, worker, failure, loss)
         if len(dead := _dead(in_a_row)) >= MAX_FAILURES_IN_A_ROW or len(dead := _dead(self._breaks)) >= MAX_FAILURES:
             raise _blame(dead, failure)
         if self._used_up(in_a_row):
             raise failure.error
 
-    def _note(self, failure: HopFailed, loss: Loss) -> None:
-        if not failure.disappeared:
+    def _note(self, in_a_row: list[_Break], worker: Worker, failure: HopFailed, loss: Loss) -> None:
+        if failure.told:
             loss = Loss(ended=failure.error.reason is Reason.ENGINE_FAILED)
-        broken = _Break(failure.workers[0].worker_id, not failure.disappeared, loss)
+        broken = _Break(worker.worker_id, failure.told, loss)
         self._breaks.append(broken)
-        self._in_a_row[failure.hop].append(broken)
+        in_a_row.append(broken)
 
     def _used_up(self, in_a_row: Iterable[_Break]) -> bool:
         return (

@@ -89,14 +89,17 @@ class Fleet:
 
     def failed(self, failure: HopFailed) -> Loss:
         """A worker that broke a request is not used before it has spoken again, and no pair before a while has passed. Returns what
-        is known of the worker's end."""
+        is known of the end of the one that is suspected to have died."""
         culprit = failure.workers[0]
         if failure.pair is not None:
             self._links.broke(failure.pair)
         elif failure.broken:
             self._directory.doubt(culprit)
             self._ejector.failed(culprit.address)
-        return self._directory.losses.of(culprit.worker_id) if failure.disappeared else Loss(ended=False)
+        if failure.suspected is None or failure.told:
+            return Loss(ended=False)
+        _, suspect = failure.suspected
+        return self._directory.losses.of(suspect.worker_id)
 
     async def settled(self, *losses: Loss) -> None:
         """Waits until it is known of each whether the worker has died; not for ever."""

@@ -142,8 +142,8 @@ class Relay:
             failure.error.message,
         )
         loss = self._fleet.failed(failure)
-        if suspects := recovery.suspects(failure.hop):
-            await self._fleet.settled(*suspects, *([loss] if failure.disappeared else []))
+        if failure.suspected is not None and (suspects := recovery.suspects(failure.suspected[0])):
+            await self._fleet.settled(*suspects, loss)
         return loss
 
     def _count(self, underway: Underway, number: int) -> None:

@@ -38,6 +38,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         job = job_from(request, deadline_of(context.time_remaining(), self._engine.clock()))
         with self._attempts.entered(request.request_id, request.attempt) as attempt:
             run = _PrefillRun(request, context, job, self._producer, self._engine, attempt=attempt)
+            if request.attempt > 1:
+                await context.write(prefill_pb2.PrefillResponse(taken=prefill_pb2.Taken()))
             self._engine.submit(job)
             try:
                 await run.serve()

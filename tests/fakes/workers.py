@@ -209,6 +209,8 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_gr
         self.requests.append(request)
         self._note_trace(context)
         with self.book.entry(request.request_id):
+            if request.attempt > 1:
+                yield prefill_pb2.PrefillResponse(taken=prefill_pb2.Taken())
             await self.gates.passage("queue")
             ticket = None if request.first_token_only else self._grant(request)
             try:

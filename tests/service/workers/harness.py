@@ -169,8 +169,11 @@ def open_decode(at: Node, request: decode_pb2.DecodeRequest) -> grpc.aio.UnarySt
 async def generate(nodes: Pair, request: prefill_pb2.PrefillRequest) -> tuple[list[int], decode_pb2.DecodeFinished]:
     """The whole request as the gateway would run it: tokens and the last message."""
     prefill = open_prefill(nodes.prefill, request)
-    admitted = (await prefill.read()).admitted
-    decode = open_decode(nodes.decode, decode_request(admitted, request))
+    first = await prefill.read()
+    if request.attempt > 1:
+        assert first.HasField("taken")
+        first = await prefill.read()
+    decode = open_decode(nodes.decode, decode_request(first.admitted, request))
     tokens = [event.first_token.token.token_id async for event in _rest(prefill) if event.HasField("first_token")]
     async for event in _rest(decode):
         if event.HasField("delta"):

@@ -16,7 +16,7 @@ def worker(worker_id: str) -> Worker:
 
 
 def failure(reason: Reason, worker_id: str = "w", hop: Hop = Hop.DECODE, held: bool = True) -> HopFailed:
-    workers = (worker(worker_id), worker("p")) if hop is Hop.HANDOFF else (worker(worker_id),)
+    workers = (worker(worker_id), worker(f"p{worker_id}")) if hop is Hop.HANDOFF else (worker(worker_id),)
     return HopFailed(hop, workers, TandemError(reason, "no"), held)
 
 
@@ -133,8 +133,25 @@ def test_a_worker_that_is_cut_off_twice_has_not_died_twice() -> None:
     assert raised.value.metadata["worker_deaths"] == "2"
 
 
-def handoff(prefill: str, decode: str) -> HopFailed:
-    return HopFailed(Hop.HANDOFF, (worker(decode), worker(prefill)), TandemError(Reason.TRANSFER_INTERRUPTED, "no"), held=True)
+def test_a_prefill_workers_death_counts_also_where_its_blocks_are_missed_first() -> None:
+    recovery, open_yet = Recovery(), Loss()
+    recovery.failed(handoff("one", "d", held=True), open_yet)
+    assert recovery.suspects(Hop.PREFILL) == [open_yet]
+    open_yet.ended = True
+    with pytest.raises(TandemError) as raised:
+        fail(recovery, handoff("two", "d", held=True), ended=True)
+    assert raised.value.reason is Reason.REQUEST_QUARANTINED
+
+
+def test_once_the_prompt_is_computed_a_broken_handoff_is_no_suspicion() -> None:
+    recovery = Recovery()
+    for number in range(MAX_MOVES - 1):
+        fail(recovery, handoff(f"p{number}", "d"), (Hop.PREFILL,), ended=True)
+    assert not recovery.suspects(Hop.PREFILL)
+
+
+def handoff(prefill: str, decode: str, *, held: bool = False) -> HopFailed:
+    return HopFailed(Hop.HANDOFF, (worker(decode), worker(prefill)), TandemError(Reason.TRANSFER_INTERRUPTED, "no"), held)
 
 
 def test_a_handoff_is_tried_once_more_even_between_the_same_two() -> None:
@@ -178,9 +195,11 @@ def test_no_request_costs_more_workers_than_it_may(steps: list[tuple[Reason, int
         failed = failure(reason, f"w{number}", hop, held)
         moves = 0 if Hop.DECODE in passed else moves
         moves += failed.broken
-        if held and hop is not Hop.HANDOFF and (reason is Reason.ENGINE_FAILED or (reason is Reason.WORKER_LOST and ended)):
+        silent = hop is Hop.HANDOFF or reason is Reason.WORKER_LOST
+        if failed.suspected is not None and failed.broken and (ended if silent else reason is Reason.ENGINE_FAILED):
+            suspected, dead = failed.suspected
             deaths += 1
-            dead_in_a_row[hop].add(f"w{number}")
+            dead_in_a_row[suspected].add(dead.worker_id)
         try:
             fail(recovery, failed, passed, ended=ended)
         except TandemError:
