@@ -118,8 +118,8 @@ class Follower:
             error = TandemError(Reason.WORKER_LOST, f"the call that carried this stream's tokens failed: {failure.message}")
         finally:
             self.live = False
-        for inflow in list(self._inflows.values()):
-            inflow.fail(error)
+            for inflow in list(self._inflows.values()):
+                inflow.fail(error)
 
     def _hand_out(self, response: decode_pb2.FollowResponse) -> None:
         plain = response.plain_tokens
@@ -150,6 +150,7 @@ class Followers:
         known = self._followers.get(worker.address)
         if known is not None and known.worker_id == worker.worker_id and (known.useless or not self._tasks[worker.address].done()):
             return
+        self._forget_ended()
         follower_id = uuid.uuid4().hex
         stub = decode_pb2_grpc.DecodeServiceStub(channel)  # type: ignore[no-untyped-call]
         call = stub.Follow(decode_pb2.FollowRequest(follower_id=follower_id, plain_tokens=True))
@@ -170,6 +171,11 @@ class Followers:
 
     async def close(self) -> None:
         await cancel_and_wait(*self._tasks.values())
+
+    def _forget_ended(self) -> None:
+        """Addresses come and go."""
+        for address in [address for address, task in self._tasks.items() if task.done() and not self._followers[address].useless]:
+            del self._tasks[address], self._followers[address]
 
 
 async def _run(follower: Follower, worker: Worker, call: grpc.aio.UnaryStreamCall, holding: Holding) -> None:

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from tandem.errors import Reason, TandemError
-from tests.fakes.workers import FakeDecode, FakePrefill, letters
+from tests.fakes.workers import FakeDecode, FakePrefill, FakeWorker, letters
 from tests.service.gateway.conftest import MakeSuite
 from tests.service.gateway.moved_streams import expected
 
@@ -35,6 +35,16 @@ class TestPoison:
             assert other.token_ids == [letters(prompt, index) for index in range(400)]
         assert sum(not decode.alive for decode in suite.decodes) == 2
 
+    async def test_it_costs_two_workers_though_none_lives_to_admit_it(self, make_suite: MakeSuite) -> None:
+        suite = await make_suite(3, 1)
+        killers = [asyncio.create_task(killed_at(prefill, "queue")) for prefill in suite.prefills]
+        answer = await suite.generate(text="poison")
+        assert answer.error is not None and answer.error.reason is Reason.REQUEST_QUARANTINED
+        assert sum(not prefill.alive for prefill in suite.prefills) == 2
+        for killer in killers:
+            killer.cancel()
+        await asyncio.gather(*killers, return_exceptions=True)
+
     async def test_it_is_refused_the_next_time_whatever_its_seed(self, make_suite: MakeSuite) -> None:
         suite = await make_suite(3, 1)
         for prefill in suite.prefills:
@@ -45,6 +55,12 @@ class TestPoison:
         assert again.error is not None and again.error.reason is Reason.REQUEST_QUARANTINED
         assert sum(len(prefill.requests) for prefill in suite.prefills) == 2
         assert (await suite.generate(text="hello", stopping={"max_tokens": 10})).token_ids == expected(10)
+
+
+async def killed_at(worker: FakeWorker, phase: str) -> None:
+    worker.gates.close(phase)
+    await worker.gates.reached(phase)
+    await worker.kill()
 
 
 def deadly(worker: FakePrefill | FakeDecode, at: int, word: Reason = Reason.ENGINE_FAILED) -> Any:
