@@ -69,7 +69,7 @@ class HopFailed(Exception):
 
     @property
     def suspected(self) -> tuple[Hop, Worker] | None:
-        """The worker that may have died of the request, and at which hop. That its blocks stop coming may be the first to be heard of
+        """The worker that may have died of the request, and at which hop. That its blocks stop coming may be the first that is heard of
         a prefill worker's death."""
         if not self.held:
             return None
