@@ -50,8 +50,8 @@ LOSSES = DISAPPEARANCES | HANDOFF_BREAKS | {Reason.ENGINE_FAILED, Reason.UNKNOWN
 
 @dataclass
 class HopFailed(Exception):
-    """One leg ended an attempt. `workers` were involved, the last to be asked first. `held`: it had the request in hand; of a hand-off,
-    the prefill worker had, since the prompt was not computed yet."""
+    """One leg ended an attempt. `workers` were involved, the last to be asked first. `held`: it had the request in hand; of a
+    hand-off, the prefill worker had, since the prompt was not computed yet."""
 
     hop: Hop
     workers: tuple[Worker, ...]
@@ -69,8 +69,8 @@ class HopFailed(Exception):
 
     @property
     def suspected(self) -> tuple[Hop, Worker] | None:
-        """The worker that may have died of the request, and at which hop. That its blocks stop coming may be the first that is heard of
-        a prefill worker's death."""
+        """The worker that may have died of the request, and at which hop. That its blocks stop coming may be the first that is
+        heard of a prefill worker's death."""
         if not self.held:
             return None
         return (Hop.PREFILL, self.workers[1]) if self.hop is Hop.HANDOFF else (self.hop, self.workers[0])
