@@ -24,7 +24,7 @@ class Step {
     void begin(const Batch& batch, const Pool& pool) {
         batch_ = batch;
         pool_ = pool;
-        plan_.make(batch, model_.kv_heads);
+        plan_.make(batch, model_.kv_heads, model_.group(), team_.size());
         space_.lay_out(model_, batch, plan_, team_.size());
         phases_.begin();
         team_.run([this](int thread) {
@@ -119,11 +119,11 @@ class Step {
 
     template <class Kv>
     void attend(int index, int thread) {
-        const size_t lines = model_.group() * (model_.head_dim + 2);
+        const size_t line = model_.group() * (model_.head_dim + 2);
         share(int(plan_.tasks.size()), [&](int number) {
             const DecodeTask& task = plan_.tasks[number];
-            const float* query = space_.qkv + size_t(task.row) * model_.qkv_size() + task.kv_head * model_.group() * model_.head_dim;
-            attend_task<Kv>(task, batch_, pool_, index, query, model_.group(), space_.scratch(thread), space_.partial + number * lines);
+            const float* query = space_.qkv + size_t(task.row) * model_.qkv_size() + task.first_head * model_.group() * model_.head_dim;
+            attend_task<Kv>(task, batch_, pool_, index, query, model_.group(), space_.scratch(thread), space_.partial + task.line * line);
         });
         for (int sequence = 0; sequence < batch_.num_sequences; sequence++)
             if (batch_.rows_of(sequence) > 1) attend_chunk<Kv>(sequence, index, thread);

@@ -29,7 +29,7 @@ struct Workspace {
         inner = memory_[5].take<float>(rows * model.ffn);
         cosine = memory_[6].take<float>(2 * rows * half);
         sine = cosine + rows * half;
-        partial = memory_[7].take<float>(plan.tasks.size() * model.group() * (model.head_dim + 2));
+        partial = memory_[7].take<float>(size_t(plan.lines) * model.group() * (model.head_dim + 2));
         input = memory_[8].take<char>(rows * model.widest_input_bytes());
         const size_t gathered = gathered_tokens(batch) * model.kv_heads * model.head_dim;
         keys = memory_[9].take<float>(2 * gathered);
@@ -50,7 +50,7 @@ struct Workspace {
     }
 
     static size_t scratch_floats(const Model& model, int rows) {
-        const size_t attention = std::max(decode_scratch_floats(model.head_dim), tile_scratch_floats(model.head_dim));
+        const size_t attention = std::max(decode_scratch_floats(model.group(), model.head_dim), tile_scratch_floats(model.head_dim));
         const size_t few = size_t(std::min(rows, FEW_ROWS)) * (model.ffn + 2 * GRAIN_OUTPUTS);  // one thread may compute all
         const size_t many = size_t(LARGEST_TILE_ROWS) * TILE_OUTPUTS;
         return (std::max({attention, few, many, size_t(model.hidden)}) + 15) / 16 * 16;
