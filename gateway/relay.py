@@ -153,9 +153,13 @@ class Relay:
 
 
 def _forget_frames(*errors: Exception) -> None:
-    """What is remembered of a failure would otherwise hold the frames that hold it, and all of the request with them."""
+    """What is remembered of a failure would otherwise hold the frames that hold it, and all of the request with them. So would what
+    was being handled when it was raised."""
     for error in errors:
-        error.__traceback__ = None
+        known: BaseException | None = error
+        while known is not None:
+            known.__traceback__ = None
+            known = known.__context__
 
 
 def user_error(error: TandemError, num_tokens: int) -> TandemError:

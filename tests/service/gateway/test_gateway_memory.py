@@ -16,6 +16,7 @@ from gateway.failover import HopFailed, Recovery
 from gateway.job import GenerationJob
 from gateway.pending import PendingOutput
 from gateway.timeline import Timeline
+from tandem.errors import Reason, TandemError
 from tandem.interceptor import Call
 from tests.service.gateway.conftest import MakeSuite, Suite
 
@@ -62,3 +63,19 @@ async def test_a_request_leaves_no_cycle(
         await suite.all_idle()
     await asyncio.sleep(0)
     assert cycles() == {}
+
+
+async def test_what_failed_is_remembered_without_what_held_it(make_suite: MakeSuite, cycles: Callable[[], Counter[str]]) -> None:
+    """A request that every decode worker turns away. Its calls do not count: the fake workers' ones, cancelled, are among them."""
+    suite = await make_suite(2, 2)
+    await served(suite)
+    for prefill in suite.prefills:
+        prefill.gates.close("run")
+    for decode in suite.decodes:
+        decode.gates.faults["reserve"] = TandemError(Reason.POOL_TOO_SMALL, "never fits")
+    cycles()
+    for _ in range(3):
+        assert (await suite.generate(**FIELDS)).error is not None
+        await suite.all_idle()
+    await asyncio.sleep(0)
+    assert cycles().keys() <= {"Call"}
