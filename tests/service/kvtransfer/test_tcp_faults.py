@@ -283,6 +283,14 @@ async def test_whoever_says_nothing_or_half_a_request_is_cut_off(sent: bytes, mo
         writer.close()
 
 
+async def test_a_connection_that_is_not_used_any_more_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be half open: its peer vanished behind a dead link."""
+    monkeypatch.setattr(kv_server, "IDLE_S", 0.05)
+    async with transfer("tcp") as at:
+        await at.puller.pull(at.complete(), MINE)
+        await at.until(lambda: not at.producer._server._tasks)
+
+
 async def test_a_consumer_that_goes_away_while_it_waits_is_noticed() -> None:
     async with transfer("tcp") as at:
         ticket = at.grant()

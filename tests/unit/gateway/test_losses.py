@@ -66,6 +66,15 @@ async def test_waiting_ends_with_the_verdict(known: Losses) -> None:
     await waiting
 
 
+async def test_waiting_ends_without_a_verdict_too_and_then_nobody_has_died(known: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "OPEN_S", 0.01)
+    known.lost("w", suddenly=True)
+    loss = known.of("w")
+    async with asyncio.timeout(10):
+        await known.settled(loss)
+    assert loss.ended is False
+
+
 async def test_nothing_is_remembered_without_bound(known: Losses) -> None:
     first, second = known.of("s0"), known.of("l0")
     for number in range(losses.MAX_REMEMBERED + 1):

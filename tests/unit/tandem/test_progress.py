@@ -2,10 +2,13 @@
 
 import asyncio
 import threading
+import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem import progress
 from tandem.engine_thread import EngineThread
 from tandem.progress import INTERVAL_S, LONGEST_LIMIT_S, SHORTEST_LIMIT_S, ProgressWatch, StallJudge, Work
 
@@ -87,6 +90,24 @@ async def test_the_watch_tells_of_what_stands_still_for_good() -> None:
     assert not told, "it had moved on"
     watch.look(INTERVAL_S)
     assert told == ["no progress: engine for 10.0 s"]
+
+
+async def test_a_process_that_stood_still_itself_has_not_seen_its_work_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, looked = list[float](), asyncio.Event()
+
+    def look(elapsed_s: float) -> None:
+        looks.append(elapsed_s)
+        looked.set()
+
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.001)
+    watch = ProgressWatch(dict, lambda healthy: None)
+    monkeypatch.setattr(watch, "look", look)
+    watch.start()
+    await asyncio.sleep(0)
+    time.sleep(0.05)  # noqa: ASYNC251 - the loop stands still
+    await looked.wait()
+    await watch.close()
+    assert max(looks) <= 0.002
 
 
 async def test_a_watch_that_is_closed_has_ended() -> None:
