@@ -7,10 +7,17 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway import workers
 from tandem.errors import Reason, TandemError
 from tests.fakes.workers import FakeDecode, FakePrefill, FakeWorker, letters
 from tests.service.gateway.conftest import MakeSuite
 from tests.service.gateway.moved_streams import expected
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateway, workers and clients share a loop here: on a busy machine a worker's last word may be seconds ago when it dies."""
+    monkeypatch.setattr(workers, "SUDDEN_S", 20.0)
 
 
 class TestPoison:
