@@ -106,17 +106,11 @@ int64_t bench_row_bytes(const Matrix* matrix) { return int64_t(input_row_bytes(*
 // Multiply-adds a second of all threads.
 double bench_ceiling(int format, int threads) {
     Team team(threads);
-    if (format == INT4)
-        return rate_of<Sums>(team, 64 * INT4_TILE_ROWS, zero_sums, [](Sums* sums, const char* line) {
+    if (format == INT4 || format == INT8)
+        return rate_of<Sums>(team, 32 * INTEGER_ROWS, zero_sums, [](Sums* sums, const char* line) {
+            const Pairs loaded = load_pairs(line);
 #pragma GCC unroll 8
-            for (int r = 0; r < INT4_TILE_ROWS; r++) sums[r] = add_dots(sums[r], load_line(line), splat_quad(line + 4 * r));
-        });
-    if (format == INT8)
-        return rate_of<WideSums>(team, 64 * INT8_TILE_ROWS, [] { return begin_sums(0); }, [](WideSums* sums, const char* line) {
-            const WideLine loaded = load_wide(line);
-#pragma GCC unroll 8
-            for (int r = 0; r < INT8_TILE_ROWS; r++)
-                sums[r] = add_products(sums[r], loaded, reinterpret_cast<const Int8Input*>(line) + 4 * r);
+            for (int r = 0; r < INTEGER_ROWS; r++) sums[r] = add_products(sums[r], loaded, reinterpret_cast<const int16_t*>(line) + 2 * r);
         });
     return rate_of<Floats>(team, FLOAT_SUMS * LANES, [] { return Floats{}; }, [](Floats* sums, const char* line) {
         const Floats loaded = load(reinterpret_cast<const float*>(line));

@@ -1,6 +1,6 @@
 """Weight matrices in INT8 and INT4, in the order in which the integer products read them. Plain arrays: to store, map and share.
 
-The layout is that of product_int8.h and product_int4.h, and the same for every instruction set.
+The layout is that of product_integer.h, and the same for every instruction set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GROUP = 32
 """Inputs that share a scale."""
 _MOST_INT8, _MOST_NIBBLE = 127, 15
 _ZERO_INT8 = 128
-"""Is added to INT8's integers: the products want one side unsigned."""
+"""Is added to INT8's integers."""
 _LARGEST_DEPTH = 65_536
 """Beyond what any model has; sizes stay within 32 bits."""
 

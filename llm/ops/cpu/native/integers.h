@@ -1,5 +1,4 @@
-// What the integer products need of an instruction set: AVX-512 VNNI, AVX2, or plain C++ with VNNI's arithmetic. The last runs anywhere,
-// and tests the index arithmetic of the first where there is no such processor.
+// What the integer products need of an instruction set: AVX-512 VNNI, AVX2, or plain C++, which runs anywhere.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +8,7 @@
 namespace tandem {
 
 constexpr int BLOCK_OUTPUTS = 16;  // outputs whose weights lie together: four bytes of each are a cache line
-constexpr int QUAD = 4;            // inputs whose products an instruction adds up
+constexpr int QUAD = 4;            // inputs of each in a line
 constexpr int LINE_BYTES = BLOCK_OUTPUTS * QUAD;
 constexpr int GROUP = 32;  // inputs that share a scale
 
@@ -28,7 +27,8 @@ inline char* panel_memory(size_t bytes) {
 
 }  // namespace tandem
 
-// Each defines Line (64 bytes: four of each output), Sums and Reals (one for each output), WideSums for INT8, and what is done with them.
+// Each defines Sums (32 bits) and Reals, one for each output; and Pairs: two weights of each in 16 bits, whose products an instruction adds
+// up. They are for inputs 0 and 2 of four, or 1 and 3: so are bytes and nibbles widened where they lie.
 #if defined(TANDEM_PLAIN) || !defined(__AVX2__)
 #include "integers_plain.h"
 #elif defined(__AVX512VNNI__)

@@ -3,8 +3,7 @@
 
 namespace tandem {
 
-
-constexpr int INT8_TILE_ROWS = 2, INT4_TILE_ROWS = 2;  // whose sums registers hold
+constexpr int INTEGER_ROWS = 2;  // whose sums registers hold
 
 // float32 of IEEE half, normal and subnormal; scales are never infinite.
 inline float widen_half(uint16_t bits) {
@@ -15,23 +14,24 @@ inline float widen_half(uint16_t bits) {
     uint32_t word;
     std::memcpy(&word, &magnitude, sizeof word);
     word |= sign;
-    std::memcpy(&magnitude, &word, sizeof magnitude);
+    std::memcpy(&magnitude, &word, sizeof word);
     return magnitude;
 }
 
 struct Sums {
-    int32_t lanes[16];
+    int32_t lanes[BLOCK_OUTPUTS];
 };
-using Line = Sums;
-
 struct Reals {
-    float lanes[16];
+    float lanes[BLOCK_OUTPUTS];
+};
+struct Pairs {
+    int16_t lanes[2 * BLOCK_OUTPUTS];
 };
 
 template <class Result, class Make>
 inline Result each_lane(Make make) {
     Result result;
-    for (int lane = 0; lane < 16; lane++) result.lanes[lane] = make(lane);
+    for (int lane = 0; lane < BLOCK_OUTPUTS; lane++) result.lanes[lane] = make(lane);
     return result;
 }
 
@@ -42,26 +42,33 @@ inline Result copied(const void* source) {
     return result;
 }
 
+inline Pairs load_pairs(const void* source) { return copied<Pairs>(source); }
+inline void store_pairs(void* target, Pairs value) { std::memcpy(target, &value, sizeof value); }
+
+// A line's weights, of which make(byte) is one.
+template <class Make>
+inline void each_weight(const void* line, Pairs* two, Make make) {
+    const auto* bytes = static_cast<const uint8_t*>(line);
+    for (int place = 0; place < LINE_BYTES; place++) two[place % 2].lanes[place / 2] = int16_t(make(bytes[place]));
+}
+
+// From a line of bytes that have 128 added.
+inline void widen_bytes(const void* line, Pairs* two) {
+    each_weight(line, two, [](int byte) { return byte - 128; });
+}
+
+// From a line of two quads' nibbles.
+inline void widen_nibbles(const void* line, Pairs* four) {
+    each_weight(line, four, [](int byte) { return byte & 15; });
+    each_weight(line, four + 2, [](int byte) { return byte >> 4; });
+}
+
 inline Sums zero_sums() { return Sums{}; }
-inline Sums load_line(const void* line) { return copied<Sums>(line); }
-inline Sums splat_quad(const void* quad) {
-    return each_lane<Sums>([word = load_word(quad)](int) { return word; });
+inline Sums add_products(Sums sums, const Pairs& weights, const int16_t* two_inputs) {
+    for (int lane = 0; lane < BLOCK_OUTPUTS; lane++)
+        sums.lanes[lane] += weights.lanes[2 * lane] * two_inputs[0] + weights.lanes[2 * lane + 1] * two_inputs[1];
+    return sums;
 }
-inline Sums add_dots(Sums sums, Sums unsigned_bytes, Sums signed_bytes) {
-    return each_lane<Sums>([&](int lane) {
-        int32_t total = 0;
-        for (int byte = 0; byte < 32; byte += 8)
-            total += int32_t(uint8_t(uint32_t(unsigned_bytes.lanes[lane]) >> byte)) * int8_t(uint32_t(signed_bytes.lanes[lane]) >> byte);
-        return int32_t(uint32_t(sums.lanes[lane]) + uint32_t(total));
-    });
-}
-inline Sums low_nibbles(Sums line) {
-    return each_lane<Sums>([&](int lane) { return line.lanes[lane] & 0x0F0F0F0F; });
-}
-inline Sums high_nibbles(Sums line) {
-    return each_lane<Sums>([&](int lane) { return int32_t(uint32_t(line.lanes[lane]) >> 4 & 0x0F0F0F0F); });
-}
-inline void store_line(void* line, Sums value) { std::memcpy(line, &value, sizeof value); }
 
 inline Reals zero_reals() { return Reals{}; }
 inline Reals load_reals(const float* source) { return copied<Reals>(source); }
@@ -81,18 +88,5 @@ inline Reals fused(Reals a, Reals b, Reals c) {
     return each_lane<Reals>([&](int lane) { return __builtin_fmaf(a.lanes[lane], b.lanes[lane], c.lanes[lane]); });
 }
 inline void store_reals(float* target, Reals value) { std::memcpy(target, &value, sizeof value); }
-
-// INT8: weights are bytes that have WEIGHT_OFFSET added, which a group's sums begin with taken away.
-using Int8Input = int8_t;
-constexpr int WEIGHT_OFFSET = 128;
-using WideSums = Sums;
-using WideLine = Line;
-constexpr int WIDE_LINE_BYTES = LINE_BYTES;
-
-inline WideSums begin_sums(int32_t beginning) { return each_lane<Sums>([&](int) { return beginning; }); }
-inline WideLine load_wide(const void* line) { return load_line(line); }
-inline WideLine widen_line(const void* line) { return load_line(line); }
-inline void store_wide(void* line, WideLine value) { store_line(line, value); }
-inline WideSums add_products(WideSums sums, const WideLine& line, const Int8Input* inputs) { return add_dots(sums, line, splat_quad(inputs)); }
 
 }  // namespace tandem

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "product_float.h"
-#include "product_int4.h"
+#include "product_integer.h"
 
 namespace tandem {
 
@@ -25,15 +25,13 @@ struct Matrix {
 
 // Bytes of one row made ready, a multiple of 64.
 inline size_t input_row_bytes(const Matrix& matrix) {
-    if (matrix.format == INT8) return int8_row(matrix.depth).bytes();
-    if (matrix.format == INT4) return int4_row(matrix.depth).bytes();
+    if (matrix.format == INT8 || matrix.format == INT4) return RowLayout(matrix.depth).bytes();
     return (size_t(matrix.depth) * sizeof(float) + 63) / 64 * 64;
 }
 
 // Makes a row of floats ready to be multiplied.
 inline void prepare_row(const Matrix& matrix, const float* x, void* row) {
-    if (matrix.format == INT8) return quantise_int8(x, matrix.depth, row);
-    if (matrix.format == INT4) return quantise_int4(x, matrix.depth, row);
+    if (matrix.format == INT8 || matrix.format == INT4) return quantise(x, matrix.depth, row);
     std::memcpy(row, x, size_t(matrix.depth) * sizeof(float));
 }
 
@@ -49,14 +47,10 @@ inline void multiply(const Matrix& matrix, const void* input, int num_rows, floa
     if (matrix.format == BFLOAT16) return multiply_floats(static_cast<const uint16_t*>(matrix.values));
     const auto* values = static_cast<const uint8_t*>(matrix.values);
     const auto* scales = static_cast<const uint16_t*>(matrix.scales);
-    const auto* rows = static_cast<const char*>(input);
+    const Rows rows{static_cast<const char*>(input), RowLayout(matrix.depth)};
     const Target target{out, out_stride, first, last};
-    if (matrix.format == INT8) {
-        const RowLayout layout = int8_row(matrix.depth);
-        return multiply_int8({values, scales, layout.groups}, {rows, stride, layout}, num_rows, target);
-    }
-    const RowLayout layout = int4_row(matrix.depth);
-    multiply_int4({values, scales, layout.groups}, {rows, stride, layout}, num_rows, target);
+    if (matrix.format == INT8) return multiply_integer<Int8Block>(values, scales, rows, num_rows, target);
+    multiply_integer<Int4Block>(values, scales, rows, num_rows, target);
 }
 
 }  // namespace tandem

@@ -37,12 +37,6 @@ struct RoundedGroup {
         return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
     }
 
-    void store(int8_t* out) const {
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m256i low = _mm256_packs_epi32(parts[0], parts[1]), high = _mm256_packs_epi32(parts[2], parts[3]);
-        _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
-    }
-
     // Each four in the order 0, 2, 1, 3.
     void store(int16_t* out) const {
         for (int half = 0; half < 2; half++) {

@@ -17,10 +17,10 @@ inline float largest_magnitude(const float* x) {
 }
 
 struct RoundedGroup {
-    int8_t values[GROUP];
+    int16_t values[GROUP];
 
     RoundedGroup(const float* x, float inverse) {
-        for (int index = 0; index < GROUP; index++) values[index] = int8_t(std::nearbyint(x[index] * inverse));
+        for (int index = 0; index < GROUP; index++) values[index] = int16_t(std::nearbyint(x[index] * inverse));
     }
 
     int32_t sum() const {
@@ -29,7 +29,10 @@ struct RoundedGroup {
         return total;
     }
 
-    void store(int8_t* out) const { std::copy_n(values, GROUP, out); }
+    // Each four in the order 0, 2, 1, 3.
+    void store(int16_t* out) const {
+        for (int index = 0; index < GROUP; index++) out[(index & ~3) + (index & 1) * 2 + (index >> 1 & 1)] = values[index];
+    }
 };
 
 }  // namespace tandem
