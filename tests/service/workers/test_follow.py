@@ -139,6 +139,15 @@ async def test_a_follower_needs_a_name_of_its_own() -> None:
             assert from_rpc_error(raised.value).reason is Reason.INVALID_REQUEST
 
 
+async def test_a_follower_is_forgotten_with_its_call() -> None:
+    async with pair("shm") as nodes:
+        async with followed(nodes.decode):
+            pass
+        async with asyncio.timeout(5):
+            while nodes.decode.worker._decode._followers:  # type: ignore[union-attr]  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+
+
 async def test_a_worker_that_is_followed_can_leave() -> None:
     async with pair("shm") as nodes, followed(nodes.decode) as following:
         nodes.decode.worker.stop()

@@ -72,6 +72,13 @@ def test_a_decode_step_without_room_in_its_blocks_is_our_bug():
         decode_arrays([SequenceSlice([7], 16, [5]), SequenceSlice([7], 3, [6])], None, 16)
 
 
+@pytest.mark.parametrize(("blocks", "fits"), [((2, 1), True), ((2, 2), False)])
+def test_a_step_with_more_blocks_than_there_is_memory_for_is_not_replayed(blocks, fits):
+    inputs = GraphInputs(decode_size(2), 3, torch.zeros(2, dtype=torch.int32))
+    slices = [SequenceSlice([7], 0, range(count)) for count in blocks]
+    assert inputs.fits(decode_arrays(slices, None, 16)) == fits
+
+
 def test_a_padded_batch_attends_and_writes_like_its_rows(device):
     pool = torch.randn(9, 1, 2, 2, 16, 16, device=device)
     inputs = GraphInputs(decode_size(8), 32, torch.zeros(8, dtype=torch.int32, device=device))
