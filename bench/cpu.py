@@ -21,6 +21,7 @@ from bench.cpu_step import Steps, measure_steps
 from bench.figures import figures_of
 from bench.generator import Clock
 from bench.loads import ClosedLoop, Extent, Load, parse_load
+from bench.options import new_parser
 from bench.peers import PEERS, Peer, installed, place_for, running
 from bench.presets import CPU
 from bench.process_memory import memory_of
@@ -73,8 +74,8 @@ def main() -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures the suite on a CPU, beside other servers.")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser = new_parser("cpu", "Measures the suite on a CPU, beside other servers of the same model file.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="peers read GGUF files only")
     parser.add_argument("--loads", type=parse_load, nargs="+", default=list(CPU.loads), help="IN/OUT/STREAMS")
     parser.add_argument(
         "--requests", type=int, default=0, help=f"requests per load, of one stream at most {MOST_ALONE}; 0: four per stream"
@@ -87,8 +88,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--weights", default="int4", help="ours: peers multiply four-bit weights by eight-bit numbers, as int4 does"
     )
     parser.add_argument("--address", help="gateway of a running suite; by default one is started")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for JSON and the peers' logs")
     parser.add_argument("--up", nargs=argparse.REMAINDER, default=[], help="arguments for the `tandem up` that is started; last")
     return parser.parse_args(argv)
 

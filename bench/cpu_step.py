@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import new_parser
 from llm.batch import SequenceSlice, build_batch
 from llm.config import load_model_config
 from llm.host_model import make_host_model
@@ -63,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times the phases of native steps.")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["int4"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser = new_parser("cpu_step", "Times the phases of native steps on a CPU.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, path or hub name")
+    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["int4"], help="weight formats")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="that compute together")
     parser.add_argument("--decode", nargs="*", type=int, default=[1, 16], help="batch sizes of decode steps")
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence that decodes")
     parser.add_argument("--prefill", nargs="*", type=int, default=[512], help="tokens of prompts")

@@ -20,6 +20,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import new_parser
 from bench.transfer_processes import Case, Consumer, Export, Figures, Pair, ask, load_native, producer_process
 from bench.transfer_protection import bare, measure_cost
 from llm.kv.layout import KvLayout
@@ -45,15 +46,15 @@ def main() -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures the KV hand-off between two processes of this machine.")
+    parser = new_parser("transfer", "Measures the KV hand-off between two processes of this machine.")
     parser.add_argument("--gpu", action="store_true", help="pools in GPU memory, Llama-3.1-8B's blocks, several sizes")
     parser.add_argument("--protection", action="store_true", help="what checksums and heartbeats cost, on the CPU")
     parser.add_argument("--transports", nargs="+", help="default: all that such pools can take")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"], help="of K and V")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, help="tokens of the prompt whose blocks are handed over")
     parser.add_argument("--chunk-tokens", type=int, default=256, help="tokens of the last chunk, which comes late")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--rounds", type=int, default=30, help="hand-offs of each case")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for JSON")
     return parser.parse_args(argv)
 
 
