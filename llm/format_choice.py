@@ -1,4 +1,4 @@
-"""Which weight format a CPU worker takes: the fastest here, measured on the model itself, of those that predict well enough."""
+"""Which weight format a CPU worker takes: the narrowest that is no slower than fp32 and predicts well, measured on the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -38,8 +38,9 @@ _BATCHES = (1, 16)
 _BLOCK_TOKENS = 16
 _REPEATS = 3
 _LIMITS = f"{100 * ALLOWED_CHANGE:g} % and {100 * LEAST_AGREEMENT:g} %"
+_NARROWEST_FIRST: tuple[WeightFormat, ...] = ("int4", "int8", "bf16")
 _MARGIN = 1.1
-"""A wider format must be this much faster to be chosen: narrower ones take less memory."""
+"""fp32 must be this much faster to be chosen: narrower formats take less memory."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,42 @@ def kernels_name() -> str:
 def _choose(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> FormatChoice:
     if _exact_bytes(files) > psutil.virtual_memory().total // 2:
         return FormatChoice("bf16", "the model is too large to be compared with fp32 here")
-    times = _measure_all(files, settings, progress)
     with contextlib.closing(Checker(files, settings, progress, kernels_name())) as checker:
-        return pick(times, checker.verdict, _description(settings.role))
+        return pick(lambda format: _measured(files, settings, format, progress), checker.verdict, _description(settings.role))
 
 
-def pick(times: Mapping[WeightFormat, Sequence[float]], verdict: Callable[[WeightFormat], Verdict], measured: str) -> FormatChoice:
-    """The fastest that passes. `times`: seconds of some steps, for each format; fp32 is one of them and always passes."""
-    reasons = [f"measured {measured}: " + ", ".join(f"{name} {_milliseconds(seconds)} ms" for name, seconds in times.items())]
-    for format in sorted(times, key=lambda name: sum(times[name]) * (_MARGIN if name == "fp32" else 1.0)):
-        found = None if format == "fp32" else verdict(format)
-        if found is None or found.passed:
-            if found is not None:
-                reasons.append(f"against fp32: {found.words}")
-            return FormatChoice(format, "; ".join(reasons))
-        reasons.append(f"{format} not taken unasked: {found.words}, where {_LIMITS} are wanted")
-    raise AssertionError("fp32 is always measured")
+def pick(
+    measure: Callable[[WeightFormat], Sequence[float] | None], verdict: Callable[[WeightFormat], Verdict], measured: str
+) -> FormatChoice:
+    """The narrowest that passes and is no slower than fp32. What is wider than that is not looked at: it would have to be converted
+    first, reads more, and multiplies no faster.
+
+    `measure` gives the seconds of some steps, or None where there are no kernels; fp32 always has some, and always passes.
+    """
+    exact = measure("fp32")
+    assert exact is not None, "fp32 is always measured"
+    times, judged = {"fp32": exact}, list[str]()
+
+    def choice(format: WeightFormat) -> FormatChoice:
+        told = ", ".join(f"{name} {_milliseconds(seconds)} ms" for name, seconds in times.items())
+        return FormatChoice(format, "; ".join([f"measured {measured}: {told}", *judged]))
+
+    for format in _NARROWEST_FIRST:
+        seconds = measure(format)
+        if seconds is None:
+            continue
+        times[format] = seconds
+        if sum(seconds) > _MARGIN * sum(exact):
+            continue
+        found = verdict(format)
+        judged.append(
+            f"against fp32: {found.words}"
+            if found.passed
+            else f"{format} not taken unasked: {found.words}, where {_LIMITS} are wanted"
+        )
+        if found.passed:
+            return choice(format)
+    return choice("fp32")
 
 
 def _exact_bytes(files: ModelFiles) -> int:
@@ -131,18 +152,15 @@ def _exact_bytes(files: ModelFiles) -> int:
     return 4 * sum(item.shape[0] * item.shape[1] for item in plan_tensors(config) if item.is_matrix)
 
 
-def _measure_all(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> dict[WeightFormat, list[float]]:
-    """Formats that this machine has no kernels for are left out."""
-    times: dict[WeightFormat, list[float]] = {}
-    for format in FORMATS:
-        try:
-            progress(0.0, f"choosing the weight format: measuring {format}")
-            runner = ModelRunner.load(files, replace(settings, weights=format), progress)
-        except UnsupportedModelError as error:
-            logger.info("%s is left out: %s", format, error)
-            continue
-        times[format] = _measure(runner, settings.role)
-    return times
+def _measured(files: ModelFiles, settings: RunnerSettings, format: WeightFormat, progress: Progress) -> list[float] | None:
+    """None for a format that this machine has no kernels for."""
+    progress(0.0, f"choosing the weight format: measuring {format}")
+    try:
+        runner = ModelRunner.load(files, replace(settings, weights=format), progress)
+    except UnsupportedModelError as error:
+        logger.info("%s is left out: %s", format, error)
+        return None
+    return _measure(runner, settings.role)
 
 
 def _measure(runner: ModelRunner, role: Role) -> list[float]:
