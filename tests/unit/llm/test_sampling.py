@@ -1,6 +1,7 @@
 """Drawing tokens, against a float64 reference written another way."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm import sampling
+from llm.ops.cpu.native import library
 from llm.sampling import SampleRow, sample, token_logprobs, uniform
 from llm.sampling_params import SamplingParams
+from tandem.models import cache_directory
+
+SETS = library.supported_sets() if library.compiler() is not None else ()
+
+
+@pytest.fixture(scope="module", params=["numpy", *SETS[-1:]], autouse=True)
+def weights_made_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test draws by weights of numpy, and of the native library."""
+    native = None if request.param == "numpy" else library.load(cache_directory(), request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "loaded", lambda: native)
+        yield request.param
+
+
+@pytest.mark.parametrize("name", ["as drawn", *SETS])
+@pytest.mark.parametrize("size", [1, 7, 8, 255, 256, 257, 1000, 49_152])
+@pytest.mark.parametrize("temperature", [1e-30, 0.3, 1.0, 100.0])
+def test_weights_and_their_sums(monkeypatch: pytest.MonkeyPatch, name: str, size: int, temperature: float) -> None:
+    if name != "as drawn":
+        native = library.load(cache_directory(), name)
+        monkeypatch.setattr(library, "loaded", lambda: native)
+    values = np.random.default_rng(size).normal(0, 9, size).astype(np.float32)
+    values[size // 2 :: 3] = -np.inf
+    values[size // 3] = 99.0
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.exp((values.astype(np.float64) - 99.0) / temperature)
+    weights, sums = sampling._weights(values, temperature)
+    assert np.allclose(weights, expected, rtol=2e-5, atol=1e-37)
+    assert not weights[np.isneginf(values)].any(), "what is forbidden is never drawn"
+    assert weights[size // 3] == 1.0
+    assert np.allclose(sums, [weights[first : first + 256].sum(dtype=np.float64) for first in range(0, size, 256)], rtol=1e-12)
+
 
 params = st.builds(
     SamplingParams,
@@ -181,4 +215,5 @@ def test_top_p_keeps_what_sorting_all_would(top_p: float, spread: float, kept: i
     running = weights[ordered].cumsum(dtype=np.float64)
     mass = top_p * weights[allowed].sum(dtype=np.float64)
     expected = np.sort(ordered[: int(np.searchsorted(running, mass)) + 1])
-    assert np.array_equal(sampling._top_p(weights, None if kept is None else allowed, top_p), expected)
+    total = float(weights.sum(dtype=np.float64))
+    assert np.array_equal(sampling._top_p(weights, None if kept is None else allowed, total, top_p), expected)

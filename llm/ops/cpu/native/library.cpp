@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "block_copy.h"
+#include "draw.h"
 #include "step.h"
 #include "turns.h"
 
@@ -64,6 +65,11 @@ int tandem_multiply(const Matrix* matrix, const char* rows, int num_rows, float*
 
 // Fills in Phases::COUNT numbers.
 void tandem_take_phases(Step* step, int64_t* nanoseconds) { step->phases().take(nanoseconds); }
+
+// sums [count / 256, rounded up]
+void tandem_weigh(const float* values, int count, float factor, float* weights, double* sums) {
+    tandem::weigh_row(values, count, factor, weights, sums);
+}
 
 // Null if the memory cannot be shared.
 Turns* tandem_open_turns(const char* path) {

@@ -126,6 +126,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tandem_prepare": (None, [pointer, pointer, number, pointer]),
         "tandem_multiply": (number, [pointer, pointer, number, pointer, number, number]),
         "tandem_take_phases": (None, [pointer, pointer]),
+        "tandem_weigh": (None, [pointer, number, ctypes.c_float, pointer, pointer]),
         "tandem_open_turns": (pointer, [ctypes.c_char_p]),
         "tandem_close_turns": (None, [pointer]),
         "tandem_take_turn": (number, [pointer, number]),
