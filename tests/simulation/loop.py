@@ -6,10 +6,10 @@ seed decides who is next. When nobody has anything to do, time jumps to the next
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context, copy_context
+from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
@@ -43,7 +43,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._due: dict[int, list[Callable[[], None]]] = {}
         self._max_events = self._next_due = NEVER
         self._now = START_S
-        self._timers: list[tuple[float, int, Handle, Process]] = []
+        self._timers: list[tuple[float, int, list[Any], Process]] = []
         self._able: list[Process] = []
         self.current = self.process("simulator")
 
@@ -77,7 +77,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             context, process = copy_context(), self.current
         else:
             process = context.get(PROCESS) or self.current
-        handle = Handle(callback, args, context)
+        handle = Handle((context.run, callback, args))
         if process.alive:
             process.ready.append(handle)
             if not process.able:
@@ -98,8 +98,8 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             context, process = copy_context(), self.current
         else:
             process = context.get(PROCESS) or self.current
-        handle = Handle(callback, args, context, when)
-        heapq.heappush(self._timers, (when, next(self.numbers), handle, process))
+        handle = Handle((context.run, callback, args))
+        heappush(self._timers, (when, next(self.numbers), handle, process))
         return handle
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
 
     def deliver(self, process: Process, when: float, callback: Callable[..., Any], *args: Any) -> None:
         """Has another process called back at `when`; if it is frozen, as soon as it is not."""
-        heapq.heappush(self._timers, (when, next(self.numbers), Handle(callback, args, process.context.copy(), when), process))
+        heappush(self._timers, (when, next(self.numbers), [process.context.copy().run, callback, args], process))
 
     def before_event(self, number: int, callback: Callable[[], None]) -> None:
         """Has `callback` called by the simulator right before the event of that number."""
@@ -170,9 +170,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._max_events = self._next_due = max_events
         with _running(self):
             while not done.done():
-                if timers and timers[0][0] <= self._now:
+                while timers and timers[0][0] <= self._now:
                     self._ring()
-                elif able:
+                if able:
                     self._turn(able)
                 elif timers:
                     self._now = timers[0][0]
@@ -183,31 +183,33 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """The next callback of one of those that are able."""
         process = able[0] if len(able) == 1 else able[int(self.random.random() * len(able))]
         ready = process.ready
-        if not ready[0]._cancelled:
-            self.num_events += 1
+        if ready[0]:
+            self.num_events = number = self.num_events + 1
             self._now += TICK_S
-            if self.num_events >= self._next_due:
+            if number >= self._next_due:
                 self._carry_out_plans()
-                if not process.able:
+                if not process.able or not ready[0]:
                     return
             self.current = process
-            handle = ready.popleft()
+            run, callback, args = ready.popleft()
             try:
-                handle.context.run(handle.callback, *handle.args)
+                run(callback, *args)
             except Exception as error:
-                self.call_exception_handler({"message": f"in {handle.callback}", "exception": error})
+                self.call_exception_handler({"message": f"in {callback}", "exception": error})
         else:
             ready.popleft()
-        if not ready:
-            self.sort_in(process)
+        if not ready and process.able:
+            process.able = False
+            able.remove(process)
 
     def _ring(self) -> None:
         """The next timer is due."""
-        _, _, handle, process = heapq.heappop(self._timers)
-        if process.alive and not handle._cancelled:
+        _, _, handle, process = heappop(self._timers)
+        if handle and process.alive:
             process.ready.append(handle)
-            if not process.able:
-                self.sort_in(process)
+            if not process.able and not process._frozen:
+                process.able = True
+                self._able.append(process)
 
     def _carry_out_plans(self) -> None:
         if self.num_events >= self._max_events:
