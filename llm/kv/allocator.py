@@ -107,11 +107,13 @@ class BlockAllocator:
 
     def check_integrity(self) -> None:
         """Asserts that every block is referenced, cached or empty, and only one of these. For tests and idle moments."""
-        unreferenced = sorted([*self._empty, *self._unused_cached])
-        assert unreferenced == [b for b, count in enumerate(self._references) if count == 0], "a block is lost or in two places"
-        assert all(self._hashes[block] is None for block in self._empty), "an empty block has a hash"
-        assert all(self._findable(block) for block in self._unused_cached), "an unused block is kept but cannot be found"
-        assert all(self._hashes[block] == name for name, block in self._block_of.items()), "a name leads to another block"
+        # By maps and not loops of Python: the simulation does this after every change.
+        unreferenced, hash_of = {*self._empty, *self._unused_cached}, self._hashes.__getitem__
+        assert self.num_free == len(unreferenced) == self._references.count(0), "a block is lost or in two places"
+        assert not any(map(self._references.__getitem__, unreferenced)), "a block is lost or in two places"
+        assert not any(map(hash_of, self._empty)), "an empty block has a hash"
+        assert all(map(self._findable, self._unused_cached)), "an unused block is kept but cannot be found"
+        assert [*map(hash_of, self._block_of.values())] == [*self._block_of], "a name leads to another block"
 
     def _cached_chain(self, token_ids: Sequence[int]) -> list[int]:
         chain: list[int] = []

@@ -5,9 +5,8 @@ seed decides who is next. When nobody has anything to do, time jumps to the next
 """
 
 import asyncio
-import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from heapq import heappop, heappush
 from random import Random
@@ -29,7 +28,8 @@ class Violation(AssertionError):
 
 
 class SimulatedLoop(asyncio.AbstractEventLoop):
-    """See the module. `current` is the process whose callback runs; `world`, `rpc` and `sockets` are what its processes live in."""
+    """See the module. `current` is the process whose callback runs; `world`, `rpc`, `sockets` and `new_executor` are what its
+    processes live in."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -40,6 +40,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self.world: Any = None
         self.rpc: Any = None
         self.sockets: Any = None
+        self.new_executor: Callable[[], Any]
         self._due: dict[int, list[Callable[[], None]]] = {}
         self._max_events = self._next_due = NEVER
         self._now = START_S
@@ -115,9 +116,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return [(2, 1, 6, "", (host, int(port)))]
 
     def run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":  # type: ignore[override]
-        from tests.simulation.executor import SimulatedExecutor
-
-        return asyncio.wrap_future((executor or SimulatedExecutor()).submit(function, *args), loop=self)
+        return asyncio.wrap_future((executor or self.new_executor()).submit(function, *args), loop=self)
 
     def add_reader(self, sock: Any, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
         sock.add_reader(callback, *args)
@@ -166,22 +165,20 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
 
     def run_until(self, done: "asyncio.Future[Any]", max_events: int) -> None:
         """Lets everything happen until `done`. Violation if that takes too many events, or if nothing is left to happen."""
-        timers, able = self._timers, self._able
+        timers, able, draw = self._timers, self._able, self.random.random
         self._max_events = self._next_due = max_events
-        with _running(self):
-            while not done.done():
-                while timers and timers[0][0] <= self._now:
-                    self._ring()
-                if able:
-                    self._turn(able)
-                elif timers:
-                    self._now = timers[0][0]
-                else:
-                    raise Violation("everybody waits for ever")
+        while not done.done():
+            while timers and timers[0][0] <= self._now:
+                self._ring()
+            if able:
+                self._turn(able[0] if len(able) == 1 else able[int(draw() * len(able))])
+            elif timers:
+                self._now = timers[0][0]
+            else:
+                raise Violation("everybody waits for ever")
 
-    def _turn(self, able: list[Process]) -> None:
-        """The next callback of one of those that are able."""
-        process = able[0] if len(able) == 1 else able[int(self.random.random() * len(able))]
+    def _turn(self, process: Process) -> None:
+        """The process's next callback."""
         ready = process.ready
         if ready[0]:
             self.num_events = number = self.num_events + 1
@@ -200,16 +197,15 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             ready.popleft()
         if not ready and process.able:
             process.able = False
-            able.remove(process)
+            self._able.remove(process)
 
     def _ring(self) -> None:
         """The next timer is due."""
         _, _, handle, process = heappop(self._timers)
         if handle and process.alive:
             process.ready.append(handle)
-            if not process.able and not process._frozen:
-                process.able = True
-                self._able.append(process)
+            if not process.able:
+                self.sort_in(process)
 
     def _carry_out_plans(self) -> None:
         if self.num_events >= self._max_events:
@@ -218,12 +214,3 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         for callback in self._due.pop(self.num_events, ()):
             callback()
         self._next_due = min([self._max_events, *self._due])
-
-
-@contextlib.contextmanager
-def _running(loop: SimulatedLoop) -> Iterator[None]:
-    asyncio._set_running_loop(loop)
-    try:
-        yield
-    finally:
-        asyncio._set_running_loop(None)

@@ -36,7 +36,7 @@ class Network:
         self._pipes: dict[Direction, list[Pipe]] = {}
 
     def is_cut(self, source: Process, target: Process) -> bool:
-        return bool(self._cut) and (source.name, target.name) in self._cut
+        return (source.name, target.name) in self._cut
 
     def cut(self, *directions: Direction) -> None:
         """Nothing gets through that way any more; senders do not notice."""
@@ -75,9 +75,8 @@ class Network:
 
     def delay(self) -> float:
         random, latency = self.loop.random.random, self.latency
-        if random() < latency.slow_share:
-            return latency.most_s + (latency.slow_s - latency.most_s) * random()
-        return latency.least_s + (latency.most_s - latency.least_s) * random()
+        least_s, most_s = (latency.most_s, latency.slow_s) if random() < latency.slow_share else (latency.least_s, latency.most_s)
+        return least_s + (most_s - least_s) * random()
 
 
 class Pipe:
@@ -94,14 +93,15 @@ class Pipe:
         """Has `callback` called in the target's process, if both live that long."""
         if not self.source.alive:
             return
-        if self._held or self._network.is_cut(self.source, self.target):
+        network = self._network
+        if self._held or (network._cut and network.is_cut(self.source, self.target)):
             if not self._held:
-                self._network.hold(self)
+                network.hold(self)
             self._held.append((callback, arguments))
             return
-        network = self._network
-        self._last = max(self._last + 1e-7, network.loop._now + network.delay())
-        network.loop.deliver(self.target, self._last, callback, *arguments)
+        loop = network.loop
+        self._last = max(self._last + 1e-7, loop._now + network.delay())
+        loop.deliver(self.target, self._last, callback, *arguments)
 
     def flush(self, extra_s: float) -> None:
         held, self._held = self._held, []

@@ -16,7 +16,7 @@ PROCESS: "ContextVar[Process]" = ContextVar("process")
 
 
 class Handle(list[Any]):
-    """asyncio.Handle and TimerHandle: what to call in which context, and nothing once cancelled. A list, since lists are made fast."""
+    """asyncio.Handle and TimerHandle: what to call in which context, or nothing once cancelled. A list: those are made fast."""
 
     __slots__ = ()
 

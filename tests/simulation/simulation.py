@@ -9,6 +9,7 @@ from random import Random
 
 import grpc
 
+from tests.simulation import threads
 from tests.simulation.afterwards import Afterwards
 from tests.simulation.clients import Clients, Record
 from tests.simulation.disturber import Disturber
@@ -55,16 +56,9 @@ class Simulation:
         for logger in loggers:
             logger.addHandler(records)
         try:
-            asyncio._set_running_loop(self.loop)
-            main = self.world.simulator.spawn(self._main())
-            self.loop.run_until(main, MAX_EVENTS)
-            main.result()
-        except (Violation, TimeoutError) as violation:
-            self.world.violated(repr(violation))
+            with threads.running(self.loop):
+                self._let_happen()
         finally:
-            asyncio._set_running_loop(self.loop)
-            self.world.close()
-            asyncio._set_running_loop(None)
             for logger in loggers:
                 logger.removeHandler(records)
         self._digest.update(repr((self.loop.num_events, self.loop.random.random())).encode())
@@ -76,6 +70,16 @@ class Simulation:
             injected=self.world.injected,
             requests=self.outcomes,
         )
+
+    def _let_happen(self) -> None:
+        try:
+            main = self.world.simulator.spawn(self._main())
+            self.loop.run_until(main, MAX_EVENTS)
+            main.result()
+        except (Violation, TimeoutError) as violation:
+            self.world.violated(repr(violation))
+        finally:
+            self.world.close()
 
     async def _main(self) -> None:
         world, disturber, clients = self.world, Disturber(self.world), Clients(self.world)

@@ -4,9 +4,11 @@ The names are those of the `threading` and `time` modules, which they stand for 
 """
 
 import asyncio
+import contextlib
 import itertools
+import sys
 import time as real_time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -19,7 +21,27 @@ EPOCH_S = 1.7e9
 
 
 loop: Callable[[], SimulatedLoop] = asyncio.get_running_loop  # type: ignore[assignment]
-"""The running simulation's."""
+"""The running simulation's; see `running`."""
+
+
+@contextlib.contextmanager
+def running(simulated: SimulatedLoop) -> Iterator[None]:
+    """Makes it the running loop for all who ask.
+
+    Most of them ask what follows, and not asyncio's own function: that one asks the system for the number of the process each time.
+    """
+    names = ((sys.modules[__name__], "loop"), (asyncio, "get_running_loop"))
+    names += ((asyncio.events, "get_running_loop"), (asyncio.events, "_get_running_loop"))
+    before = [getattr(module, name) for module, name in names]
+    asyncio._set_running_loop(simulated)
+    for module, name in names:
+        setattr(module, name, itertools.repeat(simulated).__next__)
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(names, before, strict=True):
+            setattr(module, name, function)
+        asyncio._set_running_loop(None)
 
 
 class Thread:
@@ -41,20 +63,20 @@ class Thread:
         self.daemon = daemon
         self.ident = next(self._numbers)
         self._work = lambda: target(*args, **(kwargs or {})) if target is not None else None
-        self._greenlet: greenlet | None = None
+        self._carrier: Carrier | None = None
         self._process: Process | None = None
         self._over = Event()
 
     def start(self) -> None:
         self._process = loop().current
         self._process.threads.add(self)
-        self._greenlet = greenlet(self._run, parent=_hub())
-        self._greenlet.gr_context = self._process.context.copy()
-        self._greenlet.simulated_thread = self  # type: ignore[attr-defined]
+        self._carrier = _idle_carriers.pop() if _idle_carriers else Carrier()
+        self._carrier.gr_context = self._process.context.copy()
+        self._carrier.simulated_thread = self
         self.resume()
 
     def is_alive(self) -> bool:
-        return self._greenlet is not None and not self._greenlet.dead
+        return self._carrier is not None
 
     def join(self, timeout: float | None = None) -> None:
         self._over.wait(timeout)
@@ -77,15 +99,23 @@ class Thread:
         """The process is dead."""
         if self._process is not None:
             self._process.threads.discard(self)
-        if self._greenlet is not None and not self._greenlet.dead:
-            self._greenlet.throw()
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.throw()
+            if carrier.dead:
+                self._carrier = None
 
     def _switch(self) -> None:
-        if self._greenlet is not None and not self._greenlet.dead:
-            self._greenlet.parent = getcurrent()
-            self._greenlet.switch()
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.parent = getcurrent()
+            carrier.switch()
+            if self._carrier is None:
+                carrier.gr_context = carrier.simulated_thread = None
+                _idle_carriers.append(carrier)
 
     def _run(self) -> None:
+        """On the carrier."""
         assert self._process is not None
         try:
             self._work()
@@ -94,12 +124,23 @@ class Thread:
         finally:
             self._process.threads.discard(self)
             self._over.set()
+        self._carrier = None
 
 
-def _hub() -> greenlet:
-    """The greenlet that the loop runs in."""
-    here = getcurrent()
-    return here if here.parent is None else here.parent
+class Carrier(greenlet):
+    """Runs one thread after the other, since a greenlet costs more than most threads do. One that is thrown out of is no more."""
+
+    simulated_thread: Thread | None = None
+
+    def run(self) -> None:
+        while True:
+            assert self.simulated_thread is not None
+            self.simulated_thread._run()
+            assert self.parent is not None
+            self.parent.switch()
+
+
+_idle_carriers: list[Carrier] = []
 
 
 def current() -> Thread | None:

@@ -19,6 +19,7 @@ from prefill_svc.worker import PrefillWorker
 from tandem.models import ModelFiles
 from tandem.server import ServerSettings
 from tandem.worker_settings import TransferSettings
+from tests.simulation.executor import SimulatedExecutor
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.model import BLOCK_TOKENS, CONTEXT_TOKENS, END_TOKEN, LAYOUT, VOCABULARY_SIZE, DeviceRunner, StampedRunner
 from tests.simulation.network import Network
@@ -56,7 +57,7 @@ class World:
         self.network = Network(loop)
         self.rpc = Rpc(self.network)
         self.sockets = SocketLayer(self.network)
-        loop.world, loop.rpc, loop.sockets = self, self.rpc, self.sockets
+        loop.world, loop.rpc, loop.sockets, loop.new_executor = self, self.rpc, self.sockets, SimulatedExecutor
         self.sockets.mangle = self._mangle
         self.nodes: dict[str, Node] = {}
         self.deaths: Counter[str] = Counter()

@@ -49,7 +49,8 @@ class ClientCall:
             _wake(self._waiting_for_begin)
 
     def on_message(self, message: Any) -> None:
-        self.on_initial()
+        if not self._begun:
+            self.on_initial()
         self._received.append(message)
         _wake(self._waiting_for_news)
 
@@ -113,13 +114,18 @@ class ClientCall:
             if self._status is not None:
                 self._raise_for_status()
                 return grpc.aio.EOF
+            news = SimulatedFuture(loop=self._channel.loop)
+            self._waiting_for_news.append(news)
             try:
-                await self._wait(self._waiting_for_news)
+                await news
             except asyncio.CancelledError:
                 self.cancel()
                 raise
+            finally:
+                self._waiting_for_news.remove(news)
         message = self._received.popleft()
-        if self.connection is not None and self._channel.process.name in self._channel.rpc.windows:
+        windows = self._channel.rpc.windows
+        if windows and self.connection is not None and self._channel.process.name in windows:
             self.connection.taken(self.number)
         return message
 
