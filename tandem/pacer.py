@@ -12,6 +12,9 @@ _COVERED = 0.95
 """Launches that are quick enough: one that is slow, since other threads hold the interpreter, keeps the device waiting, while one
 that begins early costs the next step a newcomer now and then."""
 
+_LONGEST_PAUSE_S = 0.25
+"""No step takes much longer, but the time in which a process was stopped counts as its step's."""
+
 
 class Pacer:
     """Foretells when the device runs out of work, from how long steps of a size took, and how long a launch takes.
@@ -38,7 +41,7 @@ class Pacer:
             return 0.0
         ahead = sum(size for _, size in self._running) * min(self._seconds_per_size)
         begin = max(self._landed_at, self._running[0][0])
-        return begin + ahead - self._launch_s - _SLACK_S - self._clock()
+        return min(begin + ahead - self._launch_s - _SLACK_S - self._clock(), _LONGEST_PAUSE_S)
 
     def now(self) -> float:
         return self._clock()

@@ -75,3 +75,10 @@ def test_slow_launches_are_forgotten(pacer: Pacer, clock: Clock) -> None:
         run(pacer, clock, 0.010, cost=cost)
     pacer.launched(pacer.now(), 1)
     assert pacer.pause_s() > 0.008
+
+
+def test_a_step_in_which_the_process_was_stopped_does_not_hold_up_the_next(pacer: Pacer, clock: Clock) -> None:
+    run(pacer, clock, 6.0)
+    pacer.launched(pacer.now(), 1)
+    pacer.pause()
+    assert sum(clock.slept) <= 0.25
