@@ -150,6 +150,7 @@ _ROLE_NUMBERS = {Role.PREFILL: 1, Role.DECODE: 2}
 
 def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
     """What a worker says of itself. One of another role than its target's is never ready."""
+    same = known.worker_id == response.worker_id
     return Worker(
         address=known.address,
         role=known.role,
@@ -157,7 +158,7 @@ def worker_from(known: Worker, response: status_pb2.WatchResponse) -> Worker:
         ready=response.ready and response.role == _ROLE_NUMBERS[known.role],
         model_digest=response.model_digest,
         tokenizer_digest=response.tokenizer_digest,
-        layout=_layout(response.layout),
+        layout=known.layout if same else _layout(response.layout),
         device=response.device,
         weight_format=response.weight_format,
         weight_format_reason=response.weight_format_reason,

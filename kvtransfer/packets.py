@@ -41,10 +41,11 @@ class PacketFormat(Generic[MessageT]):
         self._magic = magic
         self._version = version
         self._kinds = kinds
+        self._parts = {kind: fields(kind) for kind in kinds}  # type: ignore[arg-type]
 
     def encode(self, message: MessageT) -> bytes:
         """Prefix and header."""
-        values = [getattr(message, each.name) for each in fields(message)]  # type: ignore[arg-type]
+        values = [getattr(message, each.name) for each in self._parts[type(message)]]
         header: bytes = msgpack.packb([self._version, self._kinds.index(type(message)), *values])
         assert len(header) <= MAX_HEADER_BYTES, "the header is longer than any peer would read"
         return self.prefix(len(header), block_checksum(header)) + header
@@ -79,7 +80,13 @@ class PacketFormat(Generic[MessageT]):
             raise FrameError("not a header of this version")
         if not _is_whole(values[1], len(self._kinds) - 1):
             raise FrameError("a frame of unknown kind")
-        return _build(self._kinds[values[1]], values[2:])
+        return self._build(self._kinds[values[1]], values[2:])
+
+    def _build(self, kind: type[MessageT], values: tuple[Any, ...]) -> MessageT:
+        parts = self._parts[kind]
+        if len(values) != len(parts) or not all(map(_is_legal, parts, values)):
+            raise FrameError(f"not the fields of a {kind.__name__}")
+        return kind(*values)
 
 
 def _unpack(header: bytes) -> Any:
@@ -101,13 +108,6 @@ def _unpack(header: bytes) -> Any:
 
 def _refuse_extension(code: int, data: bytes) -> None:
     raise ValueError(f"extension type {code}")
-
-
-def _build(kind: type[MessageT], values: tuple[Any, ...]) -> MessageT:
-    parts = fields(kind)  # type: ignore[arg-type]
-    if len(values) != len(parts) or not all(_is_legal(part, value) for part, value in zip(parts, values, strict=True)):
-        raise FrameError(f"not the fields of a {kind.__name__}")
-    return kind(*values)
 
 
 def _is_legal(part: "Field[Any]", value: Any) -> bool:

@@ -105,7 +105,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _wrapped(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         parse = _parse_stream if handler.request_streaming else _parse
-        answer = _answer_stream if handler.response_streaming else _answer
+        generates = handler.response_streaming and not inspect.iscoroutinefunction(behaviour)  # or it writes by itself
+        answer = _answer_stream if generates else _answer
 
         async def serve(payload: Any, context: grpc.aio.ServicerContext) -> Any:
             return await self._serve(
@@ -188,9 +189,6 @@ async def _answer(behaviour: Behaviour, request: Any, context: grpc.aio.Servicer
 
 async def _answer_stream(behaviour: Behaviour, request: Any, context: grpc.aio.ServicerContext) -> None:
     """Writes by itself, so that an error in a write closes the handler's generator here and now and not when it is collected."""
-    if inspect.iscoroutinefunction(behaviour):
-        await behaviour(request, context)
-        return
     async with aclosing(behaviour(request, context)) as responses:
         async for response in responses:
             await context.write(response)

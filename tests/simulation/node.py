@@ -46,6 +46,11 @@ class Node:
         return self.service.server if self.worker is None else self.worker._server  # type: ignore[no-any-return]
 
     @property
+    def leaving(self) -> bool:
+        """Has begun its shutdown."""
+        return self.service is not None and self.server.stopping
+
+    @property
     def idle(self) -> bool:
         """Holds no block, and no ticket."""
         if self.allocator is None or self.worker is None:

@@ -85,7 +85,9 @@ class World:
     @property
     def all_ready(self) -> bool:
         gateway = self.gateway
-        if gateway is None or gateway.server.stopping or len(self.nodes) != len(self.scenario.workers) + 1:
+        if gateway is None or len(self.nodes) != len(self.scenario.workers) + 1:
+            return False
+        if any(node.leaving for node in self.nodes.values()):
             return False
         known = {worker.worker_id for worker in gateway.directory.workers if worker.ready}
         return known == {node.worker_id for node in self.nodes.values() if node.worker is not None}
