@@ -31,6 +31,7 @@ from bench.serve import Server, connected
 from bench.suite import SuiteFacts, describe, own_suite
 from bench.tandem_client import TandemClient
 from llm.weight_format import FORMATS
+from tandem.compute import num_usable_cores
 from tandem.models import DEFAULT_MODEL, ModelError, ModelFiles, resolve_model
 
 # On a CPU even the longest first request is short beside what is measured.
@@ -80,7 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--requests", type=int, default=0, help=f"requests per load, of one stream at most {MOST_ALONE}; 0: four per stream"
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each peer, and of the floors")
+    parser.add_argument("--threads", type=int, default=num_usable_cores(), help="threads of each peer, and of the floors")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that peers are installed in")
     parser.add_argument("--no-peers", action="store_true", help="start none")
     parser.add_argument("--openai", nargs="+", default=[], metavar="NAME=URL", help="servers that run already")

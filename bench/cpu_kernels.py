@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from bench.cpu_kernel_library import FORMATS, Kernels, Layers
 from bench.cpu_torch import torch_best
 from bench.options import new_parser
+from tandem.compute import num_usable_cores
 
 SMOLLM2_LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 SMOLLM2_HEAD = (49_152, 576)
@@ -57,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("cpu_kernels", "Times the products of a model's layers on a CPU, by weight format and rows.")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="weight formats")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024], help="rows of a step")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="that compute together")
+    parser.add_argument("--threads", type=int, default=num_usable_cores(), help="that compute together")
     parser.add_argument("--instruction-set", help="one that this processor has, instead of its best")
     parser.add_argument("--no-torch", action="store_true", help="leave the library's products out")
     parser.add_argument("--json", type=Path, help="write the figures here")

@@ -7,7 +7,6 @@ the work by rows (norm, rope, prepare). What is left is Python and the library's
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from llm.host_model import make_host_model
 from llm.ops.cpu.native.model import NativeModel
 from llm.weight_format import FORMATS, WeightFormat
 from llm.weights import WeightRequest, load_tensors
+from tandem.compute import num_usable_cores
 from tandem.models import DEFAULT_MODEL, cache_directory, resolve_model
 
 _PAGE = 16
@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("cpu_step", "Times the phases of native steps on a CPU.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, path or hub name")
     parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["int4"], help="weight formats")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="that compute together")
+    parser.add_argument("--threads", type=int, default=num_usable_cores(), help="that compute together")
     parser.add_argument("--decode", nargs="*", type=int, default=[1, 16], help="batch sizes of decode steps")
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence that decodes")
     parser.add_argument("--prefill", nargs="*", type=int, default=[512], help="tokens of prompts")

@@ -19,6 +19,7 @@ import torch
 
 from llm.batch import SequenceSlice
 from llm.config import load_model_config
+from llm.cores import usable_cores
 from llm.errors import UnsupportedModelError
 from llm.format_check import ALLOWED_CHANGE, LEAST_AGREEMENT, Checker, Verdict
 from llm.kv.layout import KvLayout
@@ -95,7 +96,7 @@ def machine_name(threads: int) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith("model name")), processor)
-    cores = sorted(os.sched_getaffinity(0)) if threads == 0 else threads
+    cores = usable_cores() if threads == 0 else threads
     return hashlib.sha256(f"{processor} {cores} {torch.__version__}".encode()).hexdigest()[:16]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ import torch
 
 from llm.batch import Batch
 from llm.config import ModelConfig
+from llm.cores import usable_cores
 from llm.errors import UnsupportedModelError
 from llm.model import Model
 from llm.ops.operations import HostOperations, TorchOperations
@@ -90,4 +90,4 @@ def choose_operations(threads: int) -> HostOperations:
 
 def num_threads(told: int | None) -> int:
     """Every core that this process may use, unless told."""
-    return told or len(os.sched_getaffinity(0))
+    return told or len(usable_cores())

@@ -19,6 +19,7 @@ from tandem.cli.devices import TorchReport, cpu_features, torch_report
 from tandem.cli.handoff_check import handoff_reports
 from tandem.cli.terminal import output
 from tandem.cli.versions import DISTRIBUTION, installed
+from tandem.compute import num_usable_cores
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 
 Mark = Literal["ok", "warn", "missing"]
@@ -77,7 +78,7 @@ def _print_section(console: Console, title: str, findings: list[Finding]) -> lis
 
 def _devices(torch: TorchReport) -> Iterator[Finding]:
     features = ", ".join(cpu_features()) or "no vector extensions known"
-    yield Finding("ok", "CPU", f"{_usable_cores()} cores usable, {platform.machine()}: {features}")
+    yield Finding("ok", "CPU", f"{num_usable_cores()} cores usable, {platform.machine()}: {features}")
     yield _memory()
     if torch.error:
         yield Finding("missing", "torch", torch.error, needed=True)
@@ -88,10 +89,6 @@ def _devices(torch: TorchReport) -> Iterator[Finding]:
         yield Finding("warn", "GPU", f"{why}; the suite computes on the CPU")
     for number, gpu in enumerate(torch.gpus):
         yield Finding("ok", f"GPU {number}", gpu)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> Finding:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm.cores import usable_cores
+
 _SHARED = Path("/dev/shm")
 _LIMIT_MS = 500
 """Who waited this long computes anyway: the other may be stopped, or computing something long."""
@@ -66,5 +68,5 @@ class Turns:
 
 def shared_path() -> Path:
     """The same for all processes of a user that may run on the same cores."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    cores = ",".join(map(str, usable_cores()))
     return _SHARED / f"tandem-turns-{os.getuid()}-{hashlib.blake2b(cores.encode(), digest_size=6).hexdigest()}"
