@@ -14,21 +14,26 @@ import numpy as np
 from bench.transfer_processes import Case, Consumer, Pair
 from kvtransfer.host_blocks import HostBlocks
 from llm.kv.block_arrays import BlockIds, Sums
-from llm.kv.host_copies import Memory
+from llm.kv.host_copies import Memory, NativeCopies
 from llm.kv.pool import KvPool
+from llm.ops.cpu.native import library
+from tandem.models import cache_directory
 
 
-class BareBlocks(HostBlocks):
-    """Copies as who wants no checksum does, and says that all of them are zero."""
+class BareCopies(NativeCopies):
+    """The same native code, told to take no checksums; it says that all of them are zero."""
 
-    def checksums(self, block_ids: BlockIds) -> Sums:
+    def checksums(self, pool: Memory, block_ids: BlockIds) -> Sums:
         return np.zeros(len(block_ids), np.uint64)
 
-    def fetch(self, memory: Memory, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        target, size = self._pool.host_bytes, self._pool.layout.block_bytes
-        for there, here in zip(source_ids.tolist(), block_ids.tolist(), strict=True):
-            np.copyto(target[here * size : (here + 1) * size], memory[there * size : (there + 1) * size])
-        return self.checksums(block_ids)
+    def copy(self, source: Memory, source_ids: BlockIds, target: Memory, target_ids: BlockIds) -> Sums:
+        self._copy(source, source_ids, target, target_ids, None)
+        return self.checksums(source, source_ids)
+
+
+def bare_blocks(pool: KvPool) -> HostBlocks:
+    """Raises NativeUnavailableError without a compiler: there like would not be compared with like."""
+    return HostBlocks(pool, BareCopies(library.load(cache_directory()), pool.layout.block_bytes))
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Cost:
 
 
 def bare(pair: Pair) -> Pair:
-    return replace(pair, make_blocks=BareBlocks)
+    return replace(pair, make_blocks=bare_blocks)
 
 
 async def measure_cost(pipes: Sequence[Connection], pair: Pair, case: Case) -> Cost:

@@ -4,21 +4,29 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
 from llm.kv.block_arrays import BlockIds, Sums
-from llm.kv.host_copies import Memory, copies_of
+from llm.kv.host_copies import Copies, Memory, copies_of
 from llm.kv.pool import KvPool
 
 TURN_BYTES, LEAST_BYTES, JOB_BYTES = 1 << 20, 1 << 19, 1 << 23
 """Of one turn, a tenth of a millisecond; least and most of one job: worth waking a thread for, and with others' jobs in between."""
 
 
+COPIED_HERE_BYTES, SUMMED_HERE_BYTES = 1 << 20, 1 << 22
+"""Most that is copied, and most that is summed, on the event loop: a tenth and a third of a millisecond, which is what a thread's
+waking and its word back take on a busy machine."""
+
+
 class HostBlocks:
     """Copies and checksums on the calling thread; neither holds the GIL."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, copies: Copies | None = None) -> None:
         self._pool = pool
-        self._copies = copies_of(pool.layout.block_bytes)
+        self._copies = copies or copies_of(pool.layout.block_bytes)
         self.num_per_turn, self.least_per_job, self.num_per_job = (
             max(1, num_bytes // pool.layout.block_bytes) for num_bytes in (TURN_BYTES, LEAST_BYTES, JOB_BYTES)
+        )
+        self.num_copied_here, self.num_summed_here = (
+            num_bytes // pool.layout.block_bytes for num_bytes in (COPIED_HERE_BYTES, SUMMED_HERE_BYTES)
         )
 
     def warm_up(self, threads: Executor, num_threads: int) -> Sequence[Future[None]]:

@@ -136,12 +136,22 @@ class Crew:
             raise cancelled
 
     def start(self, first: int, num_blocks: int, arrive: Arrival) -> None:
-        """Has a run of blocks brought in and verified. Shared among threads."""
+        """Has a run of blocks brought in and verified. Few are at once; more are shared among threads.
+
+        Raises what `check` does of those that were.
+        """
+        if num_blocks <= self._blocks.num_copied_here:
+            self.take_in_here(first, num_blocks, arrive)
+            return
         for start, count in shares(first, first + num_blocks, self._num_threads, self._blocks):
             self.submit(start, count, arrive)
 
+    def take_in_here(self, first: int, num_blocks: int, arrive: Arrival) -> None:
+        """The same on the event loop, for what is done sooner than a thread is woken. Raises DamagedBlockError, or its failure."""
+        self._destination.arrived(first, arrive(first, first + num_blocks))
+
     def submit(self, first: int, num_blocks: int, arrive: Arrival) -> asyncio.Future[None]:
-        """The same as one job. The future is done when the job is, however it ended; `check` tells."""
+        """The same as one job of a thread. The future is done when the job is, however it ended; `check` tells."""
         landed: asyncio.Future[None] = self._loop.create_future()
         job = self._threads.submit(self._take_in, first, num_blocks, arrive)
         self._num_running += 1

@@ -101,7 +101,7 @@ class Outbox:
 
 
 class Checksummer:
-    """Takes the checksums of ready blocks in threads.
+    """Takes the checksums of ready blocks: of few at once, of more in threads.
 
     A job may outlive its ticket; it then reads blocks that belong to another by now, and nobody hears of the result.
     """
@@ -118,13 +118,16 @@ class Checksummer:
 
     def submit(self, outbox: Outbox) -> None:
         """Sees to the blocks that have become ready since the last call."""
-        loop, ready = asyncio.get_running_loop(), outbox.entry.num_ready_blocks
+        loop, start, ready = asyncio.get_running_loop(), outbox.num_submitted, outbox.entry.num_ready_blocks
+        outbox.num_submitted = ready
+        if ready - start <= self._blocks.num_summed_here:
+            self._take_here(outbox, start, ready)
+            return
         # In few jobs, though there are more threads: each costs a frame, and consumers copy meanwhile.
-        for first, count in shares(outbox.num_submitted, ready, 1, self._blocks):
+        for first, count in shares(start, ready, 1, self._blocks):
             job = self._threads.submit(self._blocks.checksums, outbox.block_ids[first : first + count])
             report = partial(self._done, outbox, first)
             job.add_done_callback(partial(_on_loop, loop, report))
-        outbox.num_submitted = ready
 
     def work(self) -> Work:
         """Whether checksums are being taken, and how many jobs are done."""
@@ -133,6 +136,14 @@ class Checksummer:
     async def close(self) -> None:
         """Waits for the jobs under way."""
         await asyncio.to_thread(self._threads.shutdown)
+
+    def _take_here(self, outbox: Outbox, first: int, ready: int) -> None:
+        if first == ready or outbox.entry.state.final:
+            return
+        try:
+            outbox.add(first, self._blocks.checksums(outbox.block_ids[first:ready]))
+        except Exception as error:
+            self._failed(outbox, error)
 
     def _done(self, outbox: Outbox, first_block_index: int, job: Future[Sums]) -> None:
         error = job.exception()

@@ -25,12 +25,13 @@ NUM_SLOTS = 8
 
 @dataclass(frozen=True)
 class Room:
-    """Where the bytes of some blocks are received. `bring(first, last)`: on a thread, puts those of them in place and returns the
-    checksums of what then lies there. To be released once that is done, or if it never is."""
+    """Where the bytes of some blocks are received. `bring(first, last)`: on a thread, or `here`, on the event loop, puts those of
+    them in place and returns the checksums of what then lies there. To be released once that is done, or if it never is."""
 
     views: Sequence[memoryview]
     bring: Arrival
     release: Callable[[], None]
+    here: bool = False
 
 
 class Stage(Protocol):
@@ -60,7 +61,8 @@ class HostStage:
         def bring(first: int, last: int) -> Sums:
             return self._blocks.checksums(block_ids[first:last])
 
-        return Room([self._blocks.view(block) for block in block_ids.tolist()], bring, lambda: None)
+        views = [self._blocks.view(block) for block in block_ids.tolist()]
+        return Room(views, bring, lambda: None, here=len(views) <= self._blocks.num_summed_here)
 
     async def lend(self, block_ids: BlockIds) -> AsyncGenerator[Sequence[memoryview], None]:
         yield [self._blocks.view(block) for block in block_ids.tolist()]

@@ -4,6 +4,7 @@ from kvtransfer.connections import Answer
 from kvtransfer.frames import NewsFrame
 from kvtransfer.intake import Pull, follow
 from kvtransfer.staging import Stage
+from llm.kv.block_arrays import Sums
 
 
 async def fetch(answer: Answer, stage: Stage, pull: Pull) -> int:
@@ -38,5 +39,12 @@ async def _receive_run(answer: Answer, stage: Stage, pull: Pull, first: int, num
     except BaseException:
         room.release()
         raise
-    job = pull.crew.submit(first, num_blocks, lambda start, end: room.bring(start - first, end - first))
+
+    def arrive(start: int, end: int) -> Sums:
+        return room.bring(start - first, end - first)
+
+    if room.here:
+        pull.crew.take_in_here(first, num_blocks, arrive)
+        return
+    job = pull.crew.submit(first, num_blocks, arrive)
     job.add_done_callback(lambda _: room.release())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvtransfer import host_blocks
 from kvtransfer.connection import Connection
 from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.kv_messages import PullMessage, encode
@@ -22,6 +23,12 @@ from tandem.errors import Reason, TandemError
 from tests.service.kvtransfer.harness import LAYOUT, LEASE_S, NUM_BLOCKS, transfer
 
 MINE = tuple(range(20, 28))
+
+
+@pytest.fixture(autouse=True)
+def copies_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few blocks would be copied on the event loop, which a test cannot hold."""
+    monkeypatch.setattr(host_blocks, "COPIED_HERE_BYTES", 0)
 
 
 @contextmanager

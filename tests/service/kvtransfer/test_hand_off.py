@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvtransfer import host_blocks
 from kvtransfer import producer as producer_module
 from kvtransfer import puller as puller_module
 from kvtransfer.counters import ProducerCounters, PullCounters
@@ -246,6 +247,7 @@ async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkey
         return whole(*arguments)
 
     monkeypatch.setattr(HostBlocks, "fetch", held)
+    monkeypatch.setattr(host_blocks, "COPIED_HERE_BYTES", 0)
     async with transfer("shm") as at:
         pulling = asyncio.create_task(at.puller.pull(at.complete(), MINE))
         await entered.wait()

@@ -26,6 +26,7 @@ class Blocks:
     """Four blocks that are taken in one at a time."""
 
     least_per_job, num_per_job, num_per_turn = 1, 3, 1
+    num_copied_here = num_summed_here = 0
 
     def __init__(self) -> None:
         self.content = [bytearray(64) for _ in SOURCES]
@@ -40,6 +41,12 @@ class Blocks:
         for index in range(first, last):
             self.content[index][:] = SOURCES[index]
         return self.checksums(np.arange(first, last, dtype=np.int32))
+
+
+class FewBlocks(Blocks):
+    """Up to three are worth no thread."""
+
+    num_copied_here = num_summed_here = 3
 
 
 @pytest.fixture
@@ -223,3 +230,20 @@ async def test_a_cancelled_pull_ends_only_when_its_threads_have_let_go(
         await task
     assert left.is_set()
     assert not any(blocks.content[1]), "after the turn in hand the thread stops"
+
+
+async def test_few_blocks_are_taken_in_at_once(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks = FewBlocks()
+    destination.told(0, CHECKSUMS)
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.start(0, 3, blocks.fetch)
+        assert destination.state.num_verified == 3
+
+
+async def test_few_damaged_blocks_are_refused_at_once(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks = FewBlocks()
+    destination.told(0, [CHECKSUMS[0], CHECKSUMS[1] ^ 1, CHECKSUMS[2]])
+    async with Crew(destination, threads, blocks, 2) as crew:
+        with pytest.raises(DamagedBlockError, match="block 1"):
+            crew.start(0, 3, blocks.fetch)
+    assert destination.state.num_verified == 1

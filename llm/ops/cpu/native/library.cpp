@@ -94,11 +94,16 @@ void tandem_sum_blocks(const uint64_t* pool, const int32_t* ids, int count, int6
         sums[index] = tandem::taken<false>(pool + ids[index] * num_words, nullptr, size_t(num_words), *table);
 }
 
-// The same of source's blocks, which are copied to the target's.
+// The same of source's blocks, which are copied to the target's. Without `sums` they are only copied: what the sums cost is measured so.
 void tandem_copy_blocks(const uint64_t* source, const int32_t* source_ids, uint64_t* target, const int32_t* target_ids, int count,
                         int64_t num_words, uint64_t* sums, const XxhTable* table) {
-    for (int index = 0; index < count; index++)
-        sums[index] = tandem::taken<true>(source + source_ids[index] * num_words, target + target_ids[index] * num_words,
-                                          size_t(num_words), *table);
+    for (int index = 0; index < count; index++) {
+        const uint64_t* from = source + source_ids[index] * num_words;
+        uint64_t* to = target + target_ids[index] * num_words;
+        if (sums)
+            sums[index] = tandem::taken<true>(from, to, size_t(num_words), *table);
+        else
+            std::memcpy(to, from, size_t(num_words) * 8);
+    }
 }
 }
