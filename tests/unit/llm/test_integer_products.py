@@ -42,7 +42,7 @@ def quantised(x: np.ndarray) -> np.ndarray:
     """What the products make of x, in float64."""
     groups = np.pad(x, ((0, 0), (0, -x.shape[1] % GROUP))).reshape(len(x), -1, GROUP)
     most = np.abs(groups).max(axis=2, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inverse = np.where(most < 1e-30, np.float32(0), np.float32(MOST) / most)
     scale = np.where(most < 1e-30, np.float32(0), most / np.float32(MOST)).astype(np.float64)
     return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(len(x), -1)[:, : x.shape[1]]
@@ -137,3 +137,25 @@ def test_rows_of_nothing_and_of_almost_too_much(name: str, format: str, value: f
     weight = np.eye(32, 64, dtype=np.float32)
     out = product(PACKERS[format](weight), name)(np.full((3, 64), value, np.float32))
     assert np.allclose(out, value, rtol=0.01, atol=1e-30)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("format", PACKERS)
+def test_groups_of_nothing_and_subnormal_ones_lie_beside_others(name: str, format: str) -> None:
+    random = np.random.default_rng(4)
+    x, weight = (random.standard_normal((count, 128)).astype(np.float32) for count in (9, 33))
+    x[:, :GROUP] = 0
+    x[::2, GROUP : 2 * GROUP] *= np.float32(1e-39)
+    packed = PACKERS[format](weight)
+    exact, wide = quantised(x), packed.widened().astype(np.float64)
+    assert (np.abs(product(packed, name)(x) - exact @ wide.T) <= 3e-6 * (np.abs(exact) @ np.abs(wide).T)).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_subnormal_scales_of_weights_are_exact(name: str, rows: int) -> None:
+    random = np.random.default_rng(5)
+    x, least = whole_rows(random, rows, 64), np.full((17, 2), 2.0**-24, np.float16)
+    nibbles = random.integers(0, 16, (17, 64)).astype(np.uint8)
+    for packed in (pack_bytes(nibbles.astype(np.int8), least), pack_nibbles(nibbles, least, np.zeros((17, 2), np.float16))):
+        assert np.array_equal(product(packed, name)(x), x @ (nibbles.T * np.float32(2.0**-24)))
