@@ -90,8 +90,7 @@ def _begin_kernel(sums_ptr, thresholds_ptr, equals_ptr, totals_ptr, width, parts
 
 @triton.jit
 def _kept_kernel(
-    weights_ptr, min_ps_ptr, thresholds_ptr, equals_ptr, kept_equals_ptr, kept_sums_ptr, width, parts,
-    PART: tl.constexpr, SCALE: tl.constexpr,
+    weights_ptr, min_ps_ptr, thresholds_ptr, kept_equals_ptr, kept_sums_ptr, width, parts, PART: tl.constexpr, SCALE: tl.constexpr
 ):  # fmt: skip
     """A part's weights beyond the threshold, and how many equal it. min_p raises the threshold, and then all that equal it stay."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -169,7 +168,7 @@ def draw(logits: torch.Tensor, parameters: DrawParameters, out: torch.Tensor) ->
             collected, *first, *second, *filters, thresholds, equals, totals, width, parts,
             **which, **scale, PARTS=shape["PARTS"], BISECTED=_BISECTED, LOW_BITS=LOW_BITS.value,
         )  # fmt: skip
-    _kept_kernel[each](weights, given.min_ps, thresholds, equals, kept_equals, kept_sums, width, parts, PART=_PART, **scale)
+    _kept_kernel[each](weights, given.min_ps, thresholds, kept_equals, kept_sums, width, parts, PART=_PART, **scale)
     _pick_kernel[each](
         weights, given.min_ps, given.uniforms, thresholds, equals, kept_equals, kept_sums, out, width, parts, **shape, **scale
     )
