@@ -125,11 +125,12 @@ def _adjust(raw: Floats, row: SampleRow) -> Floats:
 def _penalise(values: Floats, row: SampleRow) -> None:
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray(row.token_ids, dtype=np.int64))
-        factor = np.float32(params.repetition_penalty)
-        values[seen] = np.where(values[seen] > 0, values[seen] / factor, values[seen] * factor)
-    written, counts = np.unique(np.asarray(row.token_ids[row.num_prompt_tokens :], dtype=np.int64), return_counts=True)
-    values[written] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+        seen = np.asarray(row.token_ids, dtype=np.int64)
+        factor, before = np.float32(params.repetition_penalty), values[seen]
+        values[seen] = np.where(before > 0, before / factor, before * factor)  # a token seen twice gets the same value twice
+    if params.presence_penalty or params.frequency_penalty:
+        written, counts = np.unique(np.asarray(row.token_ids[row.num_prompt_tokens :], dtype=np.int64), return_counts=True)
+        values[written] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
 
 
 def _weights(values: Floats, temperature: float) -> tuple[Floats, Sums]:
