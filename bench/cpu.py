@@ -85,9 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that peers are installed in")
     parser.add_argument("--no-peers", action="store_true", help="start none")
     parser.add_argument("--openai", nargs="+", default=[], metavar="NAME=URL", help="servers that run already")
-    parser.add_argument(
-        "--weights", default="int4", help="ours: peers multiply four-bit weights by eight-bit numbers, as int4 does"
-    )
+    parser.add_argument("--weights", default="auto", help="ours, for both roles; auto is what a user gets")
     parser.add_argument("--address", help="gateway of a running suite; by default one is started")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for JSON and the peers' logs")
