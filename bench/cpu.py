@@ -1,7 +1,7 @@
 """`python -m bench.cpu`: the suite on a CPU beside other servers of the same model file, load by load in turns.
 
-Peers that are not installed are left out with a word on how to get them; any other running server joins with --openai. The default
-loads take about eight minutes on two cores with both peers and `--requests 16`; nothing else should run.
+Peers that are not installed are left out with a word on how to get them; any other running server joins with --openai. Nothing else
+should run. With both peers on two cores, `--requests 16` keeps it short.
 """
 
 import argparse
