@@ -29,6 +29,9 @@ from tandem.worker.v1 import kv_pb2_grpc
 
 DIGESTS = ("model", "tokenizer")
 
+ANSWER_AFTER_S = 0.02
+"""An answer to Finish waits for so long: else it would go before what is measured, and be read while the consumer copies."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -119,7 +122,10 @@ async def _produce(pipe: Connection, pair: Pair) -> None:
     try:
         while True:
             order = await asyncio.to_thread(pipe.recv)
-            pipe.send(_obey(order, producer, pool))
+            answer = _obey(order, producer, pool)
+            if isinstance(order, Finish):
+                await asyncio.sleep(ANSWER_AFTER_S)
+            pipe.send(answer)
     except EOFError:
         pass
     server.stop()
@@ -206,8 +212,9 @@ class Consumer:
         ended: list[int] = []
         pulling.add_done_callback(lambda _: ended.append(time.monotonic_ns()))
         await asyncio.sleep(0.05)
-        finished_ns: int = await ask(self._pipe, Finish(ticket.ticket_id))
+        await asyncio.to_thread(self._pipe.send, Finish(ticket.ticket_id))
         await pulling
+        finished_ns: int = await asyncio.to_thread(self._pipe.recv)
         await self._puller.release(ticket)
         return (ended[0] - finished_ns) / 1e6
 

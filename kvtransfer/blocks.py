@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it needs what only machines with a GPU have
 
 class Blocks(Protocol):
     """Used on threads. `least_per_job`, `num_per_job`: least and most blocks of one job; `num_per_turn`: those between two looks at
-    whether to go on; `num_copied_here`, `num_summed_here`: most that are done sooner on the event loop than by a thread."""
+    whether to go on; `num_here`: most that are done sooner on the event loop than by a thread."""
 
     @property
     def least_per_job(self) -> int: ...
@@ -28,10 +28,7 @@ class Blocks(Protocol):
     def num_per_turn(self) -> int: ...
 
     @property
-    def num_copied_here(self) -> int: ...
-
-    @property
-    def num_summed_here(self) -> int: ...
+    def num_here(self) -> int: ...
 
     def checksums(self, block_ids: BlockIds) -> Sums: ...
 

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvtransfer.kv_messages import PREFIX, Message, decode, encode, header_bytes
 
@@ -33,9 +34,8 @@ class Connection:
     @classmethod
     async def open(cls, host: str, port: int, stall_s: float) -> "Connection":
         """Connects to the first of the host's addresses that answers. Raises OSError (which TimeoutError is)."""
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(stall_s):
-            addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = await _resolved(host, port)
             for family, kind, protocol, _, address in addresses[:-1]:
                 try:
                     return cls(await _connected(family, kind, protocol, address), stall_s)
@@ -145,6 +145,14 @@ class Connection:
         finally:
             if self._socket.fileno() >= 0:
                 remove(self._socket)
+
+
+async def _resolved(host: str, port: int) -> Sequence[Any]:
+    """What is an address already needs no resolver, and no thread to ask it."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 def _resolve(ready: "asyncio.Future[None]") -> None:

@@ -18,7 +18,7 @@ class DeviceBlocks:
 
     least_per_job = num_per_job = num_per_turn = MAX_BLOCKS
     """One launch copies a whole frame's blocks."""
-    num_copied_here = num_summed_here = 0
+    num_here = 0
     """The event loop never waits for a device."""
 
     def __init__(self, pool: KvPool) -> None:

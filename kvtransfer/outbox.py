@@ -120,7 +120,7 @@ class Checksummer:
         """Sees to the blocks that have become ready since the last call."""
         loop, start, ready = asyncio.get_running_loop(), outbox.num_submitted, outbox.entry.num_ready_blocks
         outbox.num_submitted = ready
-        if ready - start <= self._blocks.num_summed_here:
+        if ready - start <= self._blocks.num_here:
             self._take_here(outbox, start, ready)
             return
         # In few jobs, though there are more threads: each costs a frame, and consumers copy meanwhile.

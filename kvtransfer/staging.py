@@ -51,18 +51,19 @@ class Stage(Protocol):
 
 
 class HostStage:
-    """Blocks in host memory are sent and received where they lie."""
+    """Blocks in host memory are sent and received where they lie. What came is summed at once, while it is in the processor's cache
+    and the producer sends on."""
 
     def __init__(self, blocks: HostBlocks) -> None:
         self._blocks = blocks
-        self.num_per_room = blocks.num_per_job
+        self.num_per_room = max(1, blocks.num_here)
 
     async def room(self, block_ids: BlockIds) -> Room:
         def bring(first: int, last: int) -> Sums:
             return self._blocks.checksums(block_ids[first:last])
 
         views = [self._blocks.view(block) for block in block_ids.tolist()]
-        return Room(views, bring, lambda: None, here=len(views) <= self._blocks.num_summed_here)
+        return Room(views, bring, lambda: None, here=len(views) <= self._blocks.num_here)
 
     async def lend(self, block_ids: BlockIds) -> AsyncGenerator[Sequence[memoryview], None]:
         yield [self._blocks.view(block) for block in block_ids.tolist()]

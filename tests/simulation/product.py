@@ -17,7 +17,7 @@ class SlowBlocks(HostBlocks):
     def __init__(self, pool: KvPool) -> None:
         super().__init__(pool)
         self.num_per_turn, self.least_per_job, self.num_per_job = 1, 1, 2
-        self.num_copied_here = self.num_summed_here = 0
+        self.num_here = 0
         self._copies = PlainCopies(pool.layout.block_bytes)
 
     def checksums(self, block_ids: BlockIds) -> Sums:

@@ -28,7 +28,7 @@ MINE = tuple(range(20, 28))
 @pytest.fixture(autouse=True)
 def copies_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few blocks would be copied on the event loop, which a test cannot hold."""
-    monkeypatch.setattr(host_blocks, "COPIED_HERE_BYTES", 0)
+    monkeypatch.setattr(host_blocks, "HERE_BYTES", 0)
 
 
 @contextmanager

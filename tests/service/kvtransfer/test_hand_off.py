@@ -247,7 +247,7 @@ async def test_a_pull_cancelled_while_a_thread_copies_ends_after_the_copy(monkey
         return whole(*arguments)
 
     monkeypatch.setattr(HostBlocks, "fetch", held)
-    monkeypatch.setattr(host_blocks, "COPIED_HERE_BYTES", 0)
+    monkeypatch.setattr(host_blocks, "HERE_BYTES", 0)
     async with transfer("shm") as at:
         pulling = asyncio.create_task(at.puller.pull(at.complete(), MINE))
         await entered.wait()

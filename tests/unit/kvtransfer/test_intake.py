@@ -26,7 +26,7 @@ class Blocks:
     """Four blocks that are taken in one at a time."""
 
     least_per_job, num_per_job, num_per_turn = 1, 3, 1
-    num_copied_here = num_summed_here = 0
+    num_here = 0
 
     def __init__(self) -> None:
         self.content = [bytearray(64) for _ in SOURCES]
@@ -46,7 +46,7 @@ class Blocks:
 class FewBlocks(Blocks):
     """Up to three are worth no thread."""
 
-    num_copied_here = num_summed_here = 3
+    num_here = 3
 
 
 @pytest.fixture

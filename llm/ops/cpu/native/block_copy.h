@@ -79,6 +79,8 @@ uint64_t taken(const uint64_t* source, uint64_t* target, size_t num_words, const
         for (size_t offset = 0; offset < stretch; offset += stripe) {
             const uint64_t* from = source + place + offset;
             const uint64_t* keys = last && offset + stripe == stretch ? table.last_keys : table.keys + offset / stripe;
+            if constexpr (!copies)  // the processor asks for no more than the page that it reads; a copy waits for its stores anyway
+                __builtin_prefetch(reinterpret_cast<const char*>(from) + 4096);
             const Half left = half_at(from), right = half_at(from + half);
             if constexpr (copies) {
                 std::memcpy(target + place + offset, &left, sizeof left);
