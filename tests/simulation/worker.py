@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.simulation.large_pages import use_large_pages
+
 PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
 
 
@@ -67,6 +69,7 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
     gc.disable()
     gc.collect()
     gc.freeze()
+    use_large_pages()
     for seed in seeds:
         yield run(seed)
         gc.collect()
@@ -75,6 +78,7 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
 def serve(without: str) -> None:
     """Runs the ranges of seeds that come in by standard input, a line "first count" each, and prints a line for each seed."""
     logging.disable(logging.WARNING)
+    gc.disable()  # modules come to stay
     with simulated(without):
         print(READY, end="", flush=True)
         for outcome in outcomes(_asked_for()):
