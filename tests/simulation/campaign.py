@@ -13,7 +13,7 @@ from tests.simulation.worker import READY, Outcome
 SEEDS_AT_ONCE = 10
 """Asked of a process at a time: little enough to end soon after the limit, enough not to let it wait."""
 LONGEST_SEED_S = 120.0
-"""Of real time, start of the process included. A seed takes some 30 ms; one that takes so much longer hangs."""
+"""Of real time, start of the process included. A seed takes some 50 ms; one that takes so much longer hangs."""
 LINE_BYTES = 1 << 24
 PRINT_EVERY_S = 30.0
 """How often progress is told where there is no terminal."""
