@@ -33,7 +33,7 @@ class AdmissionLimits:
     max_running: int
     max_queued: int
     max_queued_tokens: int
-    max_wait_s: float = 60.0
+    max_wait_s: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class GatewaySettings:
         default=1_000_000, metadata={"help": "most prompt tokens of waiting requests; more are refused", "minimum": 0}
     )
     max_wait_s: float = field(
-        default=60.0,
+        default=300.0,
         metadata={
             "help": "seconds; requests that would wait longer for their turn are refused, and those that would wait for half of "
             "the time that their deadline leaves",
