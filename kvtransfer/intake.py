@@ -140,7 +140,7 @@ class Crew:
 
         Raises what `check` does of those that were.
         """
-        if num_blocks <= self._blocks.num_here:
+        if 0 < num_blocks <= self._blocks.num_here:
             self.take_in_here(first, num_blocks, arrive)
             return
         for start, count in shares(first, first + num_blocks, self._num_threads, self._blocks):

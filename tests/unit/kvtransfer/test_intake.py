@@ -247,3 +247,15 @@ async def test_few_damaged_blocks_are_refused_at_once(destination: Destination, 
         with pytest.raises(DamagedBlockError, match="block 1"):
             crew.start(0, 3, blocks.fetch)
     assert destination.state.num_verified == 1
+
+
+@pytest.mark.parametrize("kind", [Blocks, FewBlocks])
+async def test_a_run_of_no_blocks_asks_nothing_of_a_device(
+    kind: type[Blocks], destination: Destination, threads: ThreadPoolExecutor
+) -> None:
+    def arrive(first: int, last: int) -> Sums:
+        raise AssertionError("nothing has come")
+
+    async with Crew(destination, threads, kind(), 2) as crew:
+        crew.start(1, 0, arrive)
+        await crew.join()
