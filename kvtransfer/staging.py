@@ -56,7 +56,7 @@ class HostStage:
 
     def __init__(self, blocks: HostBlocks) -> None:
         self._blocks = blocks
-        self.num_per_room = max(1, blocks.num_here)
+        self.num_per_room = blocks.num_here or blocks.num_per_job
 
     async def room(self, block_ids: BlockIds) -> Room:
         def bring(first: int, last: int) -> Sums:
