@@ -1,6 +1,7 @@
 """One KV connection: messages, and blocks received into the memory where they belong."""
 
 import asyncio
+import encodings.idna  # noqa: F401  (resolving wants it, and may be all that a process without descriptors does)
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any

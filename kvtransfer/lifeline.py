@@ -1,5 +1,6 @@
 """The consumer's side of the heartbeat: a thread that tells a producer what is being pulled, and learns whether it lives."""
 
+import encodings.idna  # noqa: F401  (resolving wants it, and may be all that a process without descriptors does)
 import itertools
 import logging
 import socket
