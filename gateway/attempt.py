@@ -154,6 +154,7 @@ class Attempt:
             case "taken":
                 self._held.add(Hop.PREFILL)
             case "admitted":
+                self._held.add(Hop.PREFILL)
                 if not self._num_before:
                     self._completion.num_cached_tokens = event.admitted.cached_tokens
                 if event.admitted.HasField("ticket") and not self._ticket.done():
