@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import le
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,8 +49,10 @@ class GraphSize:
             return self.tiles
         return {"logits_rows": self.logits, "block_starts": self.sequences + 1}.get(name, self.rows)
 
-    def holds(self, arrays: Mapping[str, Integers]) -> bool:
-        return all(len(arrays[name]) <= self.length(name) for name in _FIXED)
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of all arrays of fixed places."""
+        return tuple(self.length(name) for name in _FIXED)
 
 
 def decode_size(sequences: int) -> GraphSize:
@@ -123,6 +127,7 @@ class StepGraphs:
         self.drawing = drawing
         self._step = step
         self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph | QuietGraph, torch.Tensor]] = {}
+        self._ascending: list[GraphSize] = []
 
     @property
     def num_captured(self) -> int:
@@ -137,6 +142,7 @@ class StepGraphs:
             self._graphs[size] = graph, logits
             self.drawing.capture(logits, lambda function: _captured(function, pool)[0])
             captured(size)
+        self._ascending = sorted(self._graphs, key=lambda size: size.rows)
 
     def holds(self, arrays: Mapping[str, Integers]) -> bool:
         """Whether `replay` can run this batch."""
@@ -144,7 +150,8 @@ class StepGraphs:
 
     def size_for(self, arrays: Mapping[str, Integers]) -> GraphSize | None:
         """The smallest captured size that holds them."""
-        return min((size for size in self._graphs if size.holds(arrays)), key=lambda size: size.rows, default=None)
+        needed = [len(arrays[name]) for name in _FIXED]
+        return next((size for size in self._ascending if all(map(le, needed, size.lengths))), None)
 
     def replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
         """Uploads by way of `memory` and runs a step; logits [at least as many rows, vocab], valid until the next replay."""
