@@ -17,7 +17,6 @@ class Step {
    public:
     Step(const Model& model, int threads) : model_(model), team_(threads) {}
 
-    Team& team() { return team_; }
     Phases& phases() { return phases_; }
 
     // Looks up the tokens' embeddings and turns positions into angles.
