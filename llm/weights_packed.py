@@ -94,13 +94,6 @@ def _parts(name: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Iterator
         yield f"{name}.{part}", torch.from_numpy(array).clone()
 
 
-def parts_of(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor] | None:
-    """The parts of a packed matrix by their own names; None for one that is a plain tensor."""
-    if name in tensors:
-        return None
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-
-
 def packed_format(tensors: Mapping[str, torch.Tensor], name: str) -> WeightFormat | None:
     """What a matrix is packed as; None for a plain tensor."""
     if name in tensors:

@@ -73,12 +73,6 @@ def record_span(name: str, parent: Context | None, start_ns: int, end_ns: int, a
     _tracer.start_span(name, context=parent, start_time=start_ns, attributes=attributes).end(end_time=end_ns)
 
 
-def current_trace_id() -> str:
-    """The trace of the current span as 32 hexadecimal digits; empty outside a trace."""
-    context = trace.get_current_span().get_span_context()
-    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
-
-
 def recent_spans(trace_id: str) -> list[operations_pb2.Span]:
     """The finished spans of a trace that this process still remembers. Raises INVALID_REQUEST for what is no trace's id."""
     if not _TRACE_ID.fullmatch(trace_id):

@@ -13,12 +13,13 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry import trace
 
 from tandem.channels import call_metadata, channel_options, open_channel, open_internal_channel
 from tandem.errors import Reason, from_rpc_error
 from tandem.interceptor import CallCounts
 from tandem.server import ListenError, Server, ServerSettings, server_options
-from tandem.tracing import configure_tracing, current_trace_id, tracer
+from tandem.tracing import configure_tracing, tracer
 from tandem.worker.v1 import prefill_pb2, prefill_pb2_grpc
 
 PREFILL = "tandem.worker.v1.PrefillService"
@@ -32,12 +33,12 @@ class EndlessPrefill(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, *, chatty: bool = False) -> None:
         self.chatty = chatty
         self.ended = asyncio.Event()
-        self.trace_id = ""
+        self.trace_id = 0
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        self.trace_id = current_trace_id()
+        self.trace_id = trace.get_current_span().get_span_context().trace_id
         try:
             yield prefill_pb2.PrefillResponse(admitted=prefill_pb2.Admitted())
             while self.chatty:
@@ -146,8 +147,8 @@ async def test_handler_runs_in_the_callers_trace(start):
     configure_tracing("toy")
     servicer = EndlessPrefill()
     _, channel = await start(added(servicer))
-    with tracer().start_as_current_span("client"):
-        expected, metadata = current_trace_id(), call_metadata()
+    with tracer().start_as_current_span("client") as span:
+        expected, metadata = span.get_span_context().trace_id, call_metadata()
         call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(prefill_pb2.PrefillRequest(), metadata=metadata)
         await call.read()
     call.cancel()
@@ -161,7 +162,7 @@ async def test_malformed_trace_context_is_ignored(start):
     call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(prefill_pb2.PrefillRequest(), metadata=metadata)
     assert (await call.read()).WhichOneof("event") == "admitted"
     call.cancel()
-    assert servicer.trace_id == ""
+    assert servicer.trace_id == 0
 
 
 async def test_a_taken_port_is_said_plainly(start):

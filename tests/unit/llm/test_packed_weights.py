@@ -12,7 +12,7 @@ from llm.config import load_model_config
 from llm.ops.cpu import packed
 from llm.weights import WeightRequest, load_tensors
 from llm.weights_gguf import GgufSource
-from llm.weights_packed import packed_format, parts_of
+from llm.weights_packed import packed_format
 from tests.unit.llm.conftest import Files, tiny_config
 from tests.unit.llm.test_weights import checkpoint, write_directory, write_gguf
 
@@ -25,8 +25,7 @@ def load(files: Files, cache: Path, format: Any) -> dict[str, torch.Tensor]:
 
 
 def widened(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, int]) -> torch.Tensor:
-    parts = parts_of(tensors, name)
-    assert parts is not None
+    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     kind = packed.PackedInt4 if packed_format(tensors, name) == "int4" else packed.PackedInt8
     return torch.from_numpy(kind.from_arrays(shape, {part: tensor.numpy() for part, tensor in parts.items()}).widened())
 

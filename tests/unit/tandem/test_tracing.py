@@ -9,7 +9,7 @@ from opentelemetry import trace
 
 from tandem import tracing
 from tandem.channels import call_metadata
-from tandem.tracing import SpanMemory, configure_tracing, current_trace_id, flush_tracing, recent_spans, record_span, tracer
+from tandem.tracing import SpanMemory, configure_tracing, flush_tracing, recent_spans, record_span, tracer
 
 START_NS = 1_700_000_000_123_456_789
 
@@ -22,7 +22,7 @@ def configured() -> None:
 def test_spans_of_a_trace_are_remembered_with_everything():
     with tracer().start_as_current_span("root") as root:
         record_span("decode.run", trace.set_span_in_context(root), START_NS, START_NS + 5, {"gen_ai.usage.output_tokens": 7})
-        trace_id = current_trace_id()
+    trace_id = trace.format_trace_id(root.get_span_context().trace_id)
     child, parent = recent_spans(trace_id)
     assert (child.name, child.service) == ("decode.run", "tandem.test")
     assert (child.parent_span_id, parent.parent_span_id) == (parent.span_id, "")
@@ -31,8 +31,8 @@ def test_spans_of_a_trace_are_remembered_with_everything():
 
 
 def test_other_traces_are_not_mixed_in():
-    with tracer().start_as_current_span("one"):
-        one = current_trace_id()
+    with tracer().start_as_current_span("one") as root:
+        one = trace.format_trace_id(root.get_span_context().trace_id)
     with tracer().start_as_current_span("two"):
         pass
     assert [span.name for span in recent_spans(one)] == ["one"]
@@ -42,8 +42,8 @@ def test_other_traces_are_not_mixed_in():
 def test_memory_keeps_the_last_spans_only(monkeypatch):
     monkeypatch.setattr(tracing, "_memory", SpanMemory(num_spans=3))
     configure_tracing("tandem.test")
-    with tracer().start_as_current_span("root"):
-        trace_id = current_trace_id()
+    with tracer().start_as_current_span("root") as root:
+        trace_id = trace.format_trace_id(root.get_span_context().trace_id)
         for number in range(5):
             record_span(f"child {number}", None, START_NS, START_NS)
     assert [span.name for span in recent_spans(trace_id)] == ["child 3", "child 4", "root"]
@@ -61,7 +61,6 @@ def test_spans_may_end_on_many_threads_at_once():
 
 
 def test_outside_a_span_there_is_nothing_to_pass_on():
-    assert current_trace_id() == ""
     assert call_metadata() == ()
 
 
@@ -77,10 +76,10 @@ def test_before_configuration_nothing_is_recorded_and_nothing_fails(repository):
     program = (
         "from tandem.tracing import *\n"
         "record_span('x', None, 1, 2)\n"
-        "with tracer().start_as_current_span('y'): print([current_trace_id()])\n"
+        "with tracer().start_as_current_span('y') as span: print(span.get_span_context().is_valid)\n"
         "flush_tracing()"
     )
-    assert run(program, repository) == "['']"
+    assert run(program, repository) == "False"
 
 
 def test_a_dead_sink_delays_neither_spans_nor_the_end(repository, unused_tcp_port):
