@@ -6,10 +6,8 @@ expected change of the perplexity is what the divergence of the two predictions 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +15,7 @@ from llm.batch import SequenceSlice
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from llm.quality import TOGETHER, Pair, blocks_needed, compare
+from llm.remembered import remembered
 from llm.runner import ModelRunner, RunnerSettings
 from llm.weight_format import WeightFormat
 from llm.weights import ModelFiles, Progress
@@ -65,14 +64,7 @@ class Checker:
         """Takes some ten seconds for a small model that is not known."""
         name = f"quality-{self._files.digest.replace(':', '-')[:40]}-{format}-{self._kernels}.json"
         path = self._settings.cache_directory / "formats" / name
-        try:
-            return Verdict(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            verdict = self._check(format)
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(asdict(verdict)))
-        written.replace(path)
-        return verdict
+        return remembered(path, lambda known: Verdict(**known), lambda: self._check(format))
 
     def close(self) -> None:
         for pool in self._pools:

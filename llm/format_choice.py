@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,6 +22,7 @@ from llm.errors import UnsupportedModelError
 from llm.format_check import ALLOWED_CHANGE, LEAST_AGREEMENT, Checker, Verdict
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
+from llm.remembered import remembered
 from llm.runner import ModelRunner, RunnerSettings
 from llm.weight_format import FORMATS, WeightFormat
 from llm.weights import ModelFiles, Progress
@@ -53,7 +52,8 @@ class FormatChoice:
 
 
 def settle_format(files: ModelFiles, settings: RunnerSettings, progress: Progress) -> RunnerSettings:
-    """The settings with a format in them, and the reason. Measured once for each role, model, machine and set of kernels.
+    """The settings with a format in them, and the reason. Measured once for each role, model, machine and set of kernels,
+    so that the workers of one machine agree, and start sooner.
 
     Takes up to a minute the first time. Raises UnsupportedModelError, WeightsError.
     """
@@ -62,26 +62,14 @@ def settle_format(files: ModelFiles, settings: RunnerSettings, progress: Progres
     directory = settings.cache_directory / "formats"
     directory.mkdir(parents=True, exist_ok=True)
     with lock_file(directory / "choosing.lock", lambda: progress(0.0, "waiting for another worker that chooses its weight format")):
-        choice = remembered_choice(_path(files, settings), lambda: _choose(files, settings, progress))
+        choice = remembered(_path(files, settings), known_choice, lambda: _choose(files, settings, progress))
     logger.info("%s weights: %s", choice.format, choice.reason)
     return replace(settings, weights=choice.format, weights_reason=choice.reason)
 
 
-def remembered_choice(path: Path, measure: Callable[[], FormatChoice]) -> FormatChoice:
-    """The choice that `path` holds, else a measured one, which it holds from then on.
-
-    So the workers of one machine agree, and start sooner. A file that cannot be read is measured again and replaced.
-    """
-    try:
-        known = json.loads(path.read_text())
-        return FormatChoice({format: format for format in FORMATS}[known["format"]], str(known["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        choice = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps({"format": choice.format, "reason": choice.reason}))
-    written.replace(path)
-    return choice
+def known_choice(known: Mapping[str, Any]) -> FormatChoice:
+    """As an earlier start of a worker wrote it down. Raises KeyError or TypeError for a format that there is not."""
+    return FormatChoice({format: format for format in FORMATS}[known["format"]], str(known["reason"]))
 
 
 def _path(files: ModelFiles, settings: RunnerSettings) -> Path:

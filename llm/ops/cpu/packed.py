@@ -35,14 +35,12 @@ def refusal(format: IntegerFormat, shape: tuple[int, int]) -> str | None:
 
 
 @dataclass(frozen=True)
-class PackedInt8:
-    """[out, in] as integers from -127 to 127 times a scale for each output and 32 inputs."""
+class _Packed:
+    """A matrix [out, in] and the arrays that stand for it."""
 
     shape: tuple[int, int]
     values: Array
-    """uint8 [blocks, groups, 8, 16, 4]: integers + 128, zeros beyond both ends."""
     scales: Array
-    """float16 [blocks, groups, 16]"""
 
     def arrays(self) -> dict[str, Array]:
         return {"values": self.values, "scales": self.scales}
@@ -50,6 +48,13 @@ class PackedInt8:
     @classmethod
     def from_arrays(cls, shape: tuple[int, int], arrays: Mapping[str, Array]) -> Self:
         return cls(shape, arrays["values"], arrays["scales"])
+
+
+class PackedInt8(_Packed):
+    """Integers from -127 to 127 times a scale for each output and 32 inputs.
+
+    values: uint8 [blocks, groups, 8, 16, 4], integers + 128, zeros beyond both ends. scales: float16 [blocks, groups, 16].
+    """
 
     def widened(self) -> Array:
         """The float32 matrix that these numbers stand for."""
@@ -61,22 +66,12 @@ class PackedInt8:
         return full.reshape(blocks * BLOCK_OUTPUTS, -1)[: self.shape[0], : self.shape[1]]
 
 
-@dataclass(frozen=True)
-class PackedInt4:
-    """[out, in] as integers from 0 to 15, times a scale, plus an offset, for each output and 32 inputs."""
+class PackedInt4(_Packed):
+    """Integers from 0 to 15, times a scale, plus an offset, for each output and 32 inputs.
 
-    shape: tuple[int, int]
-    values: Array
-    """uint8 [blocks, groups, 4, 16, 4]: the low nibbles are four of an output's inputs, the high ones the next four."""
-    scales: Array
-    """float16 [blocks, groups, 2, 16]: scales, then offsets."""
-
-    def arrays(self) -> dict[str, Array]:
-        return {"values": self.values, "scales": self.scales}
-
-    @classmethod
-    def from_arrays(cls, shape: tuple[int, int], arrays: Mapping[str, Array]) -> Self:
-        return cls(shape, arrays["values"], arrays["scales"])
+    values: uint8 [blocks, groups, 4, 16, 4], the low nibbles are four of an output's inputs, the high ones the next four. scales:
+    float16 [blocks, groups, 2, 16], scales, then offsets.
+    """
 
     def widened(self) -> Array:
         """The float32 matrix that these numbers stand for."""

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llm.format_check import Checker, Verdict, draw_windows
-from llm.format_choice import FormatChoice, kernels_name, machine_name, pick, remembered_choice, settle_format
+from llm.format_choice import FormatChoice, kernels_name, known_choice, machine_name, pick, settle_format
+from llm.remembered import remembered
 from llm.runner import RunnerSettings
 from llm.weight_format import WeightFormat
 
@@ -24,7 +25,7 @@ def test_a_choice_is_measured_once(tmp_path: Path) -> None:
         measured.append(1)
         return FormatChoice("bf16", "measured")
 
-    assert remembered_choice(path, measure) == remembered_choice(path, measure) == FormatChoice("bf16", "measured")
+    assert remembered(path, known_choice, measure) == remembered(path, known_choice, measure) == FormatChoice("bf16", "measured")
     assert len(measured) == 1
     assert [file.name for file in path.parent.iterdir()] == ["prefill.json"]
 
@@ -34,8 +35,8 @@ def test_a_damaged_memory_is_measured_again_and_replaced(tmp_path: Path, content
     path = tmp_path / "prefill.json"
     path.write_text(content)
     measured = FormatChoice("fp32", "measured")
-    assert remembered_choice(path, lambda: measured) == measured
-    assert remembered_choice(path, lambda: FormatChoice("bf16", "never")) == measured
+    assert remembered(path, known_choice, lambda: measured) == measured
+    assert remembered(path, known_choice, lambda: FormatChoice("bf16", "never")) == measured
 
 
 def test_another_number_of_threads_is_another_machine() -> None:

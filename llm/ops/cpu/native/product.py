@@ -47,7 +47,7 @@ class Product:
 
 
 def _format(weight: PackedInt8 | PackedInt4 | Floats) -> int:
-    kinds = {PackedInt8: "int8", PackedInt4: "int4"}
+    kinds: dict[type, str] = {PackedInt8: "int8", PackedInt4: "int4"}
     return structures.FORMATS[kinds.get(type(weight), "float32")]
 
 
