@@ -308,6 +308,24 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_converted_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Also for who maps the one that it replaces."""
+    path = tmp_path / "x.safetensors"
+    seen: list[float | None] = []
+
+    def tensors(value: float) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "ab":
+            seen.append(map_tensors(path, "x")["b"].sum().item() if path.exists() else None)
+            yield name, torch.full((1 << 16,), value)
+
+    write_tensors(path, "x", tensors(1.0), 3)
+    earlier = map_tensors(path, "x")
+    write_tensors(path, "x", tensors(2.0), 3)
+    assert seen == [None, None, 1 << 16, 1 << 16]
+    assert earlier["a"].unique().tolist() == [1.0]
+    assert map_tensors(path, "x")["a"].unique().tolist() == [2.0]
+
+
 def test_matrices_of_a_converted_file_are_aligned(tmp_path: Path) -> None:
     tensors = [("odd", torch.zeros(3)), ("a", torch.zeros(16, 4)), ("bytes", torch.zeros(64, dtype=torch.int8))]
     write_tensors(tmp_path / "x.safetensors", "x", tensors, 3)
