@@ -54,6 +54,15 @@ class GraphSize:
         """Of all arrays of fixed places."""
         return tuple(self.length(name) for name in _FIXED)
 
+    def holds(self, needed: Sequence[int]) -> bool:
+        """Whether arrays as long as `lengths_of` says have room."""
+        return all(map(le, needed, self.lengths))
+
+
+def lengths_of(arrays: Mapping[str, Integers]) -> list[int]:
+    """Of a batch's arrays of fixed places, once for all the sizes that are looked at: that is between two steps."""
+    return [len(arrays[name]) for name in _FIXED]
+
 
 def decode_size(sequences: int) -> GraphSize:
     """One token a sequence."""
@@ -150,8 +159,8 @@ class StepGraphs:
 
     def size_for(self, arrays: Mapping[str, Integers]) -> GraphSize | None:
         """The smallest captured size that holds them."""
-        needed = [len(arrays[name]) for name in _FIXED]
-        return next((size for size in self._ascending if all(map(le, needed, size.lengths))), None)
+        needed = lengths_of(arrays)
+        return next((size for size in self._ascending if size.holds(needed)), None)
 
     def replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
         """Uploads by way of `memory` and runs a step; logits [at least as many rows, vocab], valid until the next replay."""

@@ -10,7 +10,7 @@ from llm.batch import SequenceSlice, build_batch
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.device_batch import host_arrays
 from llm.gpu.step import Staged, StepMemories
-from llm.gpu.step_graphs import GraphInputs, bucket_sizes, decode_size, prompt_size, prompt_sizes
+from llm.gpu.step_graphs import GraphInputs, bucket_sizes, decode_size, lengths_of, prompt_size, prompt_sizes
 from llm.ops.attention import paged_attention as reference
 from tests.fakes.paged_batches import relative_error
 
@@ -41,8 +41,8 @@ def test_prompt_sizes_ascend_to_the_largest(max_tokens):
 def test_a_prompt_step_has_room_for_prompts_that_end_within_a_tile():
     size = prompt_size(256, 128, most_logits=100)
     many = [SequenceSlice([1] * 32, 0, range(2)) for _ in range(8)]
-    assert size.holds(host_arrays(build_batch(many, 16), None, 128))
-    assert not size.holds(host_arrays(build_batch([*many, SequenceSlice([1], 0, [0])], 16), None, 128))
+    assert size.holds(lengths_of(host_arrays(build_batch(many, 16), None, 128)))
+    assert not size.holds(lengths_of(host_arrays(build_batch([*many, SequenceSlice([1], 0, [0])], 16), None, 128)))
 
 
 def test_only_one_token_each_with_logits_is_a_decode_step():
