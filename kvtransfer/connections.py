@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from kvtransfer.connection import Connection
 from kvtransfer.frames import NewsFrame
@@ -58,11 +59,12 @@ class Answer:
 
 
 class Connections:
-    """To one producer's KV port. A connection serves one pull at a time, and then later ones."""
+    """To one producer's KV port. A connection serves one pull at a time, and then later ones, until the producer closes it."""
 
     def __init__(self, port: KvPort) -> None:
         self.port = port
         self._idle: list[Connection] = []
+        self._closed = False
 
     @asynccontextmanager
     async def pulling(self, ticket: KvTicket, first_block_index: int, *, with_blocks: bool) -> AsyncIterator[Answer]:
@@ -84,6 +86,8 @@ class Connections:
             self._put_back(connection, reusable)
 
     def close(self) -> None:
+        """Those of pulls that still run are closed when these end."""
+        self._closed = True
         for connection in self._idle:
             connection.close()
         self._idle.clear()
@@ -100,16 +104,23 @@ class Connections:
     def _take_idle(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
+            connection.unwatch()
             if connection.quiet:
                 return connection
             connection.close()
         return None
 
     def _put_back(self, connection: Connection, reusable: bool) -> None:
-        if reusable and len(self._idle) < MAX_IDLE_CONNECTIONS:
+        if reusable and not self._closed and len(self._idle) < MAX_IDLE_CONNECTIONS:
             self._idle.append(connection)
+            connection.watch(partial(self._forget, connection))
         else:
             connection.close()
+
+    def _forget(self, connection: Connection) -> None:
+        """The producer has closed it."""
+        self._idle.remove(connection)
+        connection.close()
 
 
 def _error_of(message: ErrorMessage) -> TandemError:
