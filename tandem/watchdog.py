@@ -20,7 +20,7 @@ WEDGED_STATUS = 70
 LOOKS = 8
 """Within the limit: so often a standing loop is looked at before it is given up."""
 NATIVE_FACTOR = 10
-"""How much longer native code may keep the interpreter. That alarm goes by the clock, and cannot tell a process that was stopped."""
+"""How much longer native code may keep the interpreter: that alarm goes by the clock, whoever stopped the process."""
 
 
 def leave_wedged(why: str) -> NoReturn:
@@ -34,8 +34,8 @@ def leave_wedged(why: str) -> NoReturn:
 async def loop_guarded(limit_s: float) -> AsyncIterator[None]:
     """Meanwhile the process ends if its event loop stands still for `limit_s`, and says where each thread stands; 0: never.
 
-    Time in which the process itself was stopped does not count. Native code that keeps the interpreter is given `NATIVE_FACTOR` times
-    as long. One for each process.
+    Time in which the process itself was stopped does not count. Native code that keeps the interpreter is given
+    `NATIVE_FACTOR` times as long. One for each process.
     """
     if not limit_s:
         yield
