@@ -10,15 +10,19 @@ FAULTS_CENSUS   a file to write what the process holds to, as one line of JSON, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import runpy
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.faults import failpoints
 
@@ -111,8 +115,33 @@ def _answer_census(path: Path) -> None:
     server.Server.start = start_and_answer  # type: ignore[method-assign]
 
 
+def descriptors_by_kind() -> dict[str, int]:
+    """How many there are of each: files by name, connections by the end of them that stays the same."""
+    connections = {each.fd: each for each in psutil.Process().net_connections("inet")}
+    listening = {each.laddr.port for each in connections.values() if each.status == psutil.CONN_LISTEN}
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            link = os.readlink(f"/proc/self/fd/{name}")
+            found[_kind(link) if int(name) not in connections else _connection_kind(connections[int(name)], listening)] += 1
+    return dict(sorted(found.items()))
+
+
+def _kind(link: str) -> str:
+    return link.partition(":[")[0]
+
+
+def _connection_kind(connection: Any, listening: set[int]) -> str:
+    if not connection.raddr:
+        return f"{connection.status} {connection.laddr.port}"
+    host, own = connection.raddr.ip, connection.laddr.port
+    return f"{connection.status} {host} to {own}" if own in listening else f"{connection.status} to {host}:{connection.raddr.port}"
+
+
 def _write_census(path: Path) -> None:
-    census = {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "fds": len(os.listdir("/proc/self/fd"))}
+    descriptors = descriptors_by_kind()
+    census: dict[str, Any] = {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "descriptors": descriptors}
+    census["fds"] = sum(descriptors.values())
     rows = [row for puller in _pullers for row in puller.counters()]
     census |= {name: sum(getattr(row, name) for row in rows) for name in ("pulled", "refetched", "checksum_failures")}
     with path.open("a") as file:

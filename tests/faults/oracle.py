@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from tests.faults.memory import MAX_GROWTH_MIB, SOAK_REQUESTS, Sample, growths
 
 DOCUMENTED_CODES = frozenset(
     {
@@ -23,11 +26,8 @@ DOCUMENTED_CODES = frozenset(
     }
 )
 GRACE_S = 1.0
-# Idle connections between workers come and go, one for each pull that ran at once; and the census itself opens a few.
-SPARE_DESCRIPTORS, SPARE_TASKS = 10, 6
-MAX_GROWTH_MIB = 1.0
-WARM_UP_REQUESTS = 500
-MEASURED_REQUESTS = 1000
+# Channels come and go with the processes at their other end. What is to close by itself is waited for before.
+SPARE_DESCRIPTORS, SPARE_TASKS = 4, 6
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a process held while idle."""
+    """What a process held while idle. `descriptors`: how many of each kind."""
 
     tasks: int
-    fds: int
+    descriptors: Mapping[str, int]
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A process's memory when so many requests had ended."""
-
-    name: str
-    pid: int
-    requests: int
-    rss_bytes: int
+    @property
+    def num_descriptors(self) -> int:
+        return sum(self.descriptors.values())
 
 
 @dataclass
@@ -212,12 +206,21 @@ def _ending_of_stream_problem(record: Record, expected: Expected, text: str) -> 
 
 def _leaks(run: Run) -> list[str]:
     found = ["the suite did not become idle, with all blocks free, within 10 s"] if run.idle_after_s is None else []
-    for name, before in run.before.items():
-        after = run.after.get(name)
-        if after is None:
+    return found + leaked(run.before, run.after)
+
+
+def leaked(before: Mapping[str, Holdings], after: Mapping[str, Holdings]) -> list[str]:
+    """Who holds more than before, and more of what."""
+    found = []
+    for name, was in before.items():
+        if name not in after:
             found.append(f"{name} could not be asked")
-        elif after.tasks > before.tasks + SPARE_TASKS or after.fds > before.fds + SPARE_DESCRIPTORS:
-            found.append(f"{name}: {before} became {after}")
+        elif (tasks := after[name].tasks) > was.tasks + SPARE_TASKS:
+            found.append(f"{name}: {was.tasks} tasks became {tasks}")
+        elif (count := after[name].num_descriptors) > was.num_descriptors + SPARE_DESCRIPTORS:
+            more = Counter(after[name].descriptors) - Counter(was.descriptors)
+            kinds = ", ".join(f"{number} {kind}" for kind, number in more.most_common(4))
+            found.append(f"{name}: {was.num_descriptors} descriptors became {count}; new are {kinds}")
     return found
 
 
@@ -243,31 +246,13 @@ def adds_up(counts: Mapping[str, int]) -> bool:
 
 def _memory(run: Run) -> Verdict:
     about = f"memory grows by less than {MAX_GROWTH_MIB:.0f} MB per 1,000 requests"
-    slopes = growth_by_process(run.samples)
-    if not slopes:
-        return Verdict("I8", about, None, "no process lived through enough requests")
-    name, worst = max(slopes.items(), key=lambda pair: pair[1])
-    return Verdict("I8", about, worst < MAX_GROWTH_MIB, f"worst: {name}, {worst:+.2f} MB")
-
-
-def growth_by_process(samples: Sequence[Sample]) -> dict[str, float]:
-    """MiB per 1,000 requests, by least squares over each process's life after its warm-up, if that was long enough to tell."""
-    lives: dict[tuple[str, int], list[Sample]] = {}
-    for sample in samples:
-        lives.setdefault((sample.name, sample.pid), []).append(sample)
-    found = {}
-    for (name, pid), life in lives.items():
-        warm = [sample for sample in life if sample.requests >= life[0].requests + WARM_UP_REQUESTS]
-        if len(warm) > 10 and warm[-1].requests - warm[0].requests >= MEASURED_REQUESTS:
-            found[f"{name} ({pid})"] = _slope([(each.requests / 1000, each.rss_bytes / 2**20) for each in warm])
-    return found
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    found = growths(run.samples)
+    judged = [(growth.mib_per_1000, growth.name, growth.pid) for growth in found if growth.mib_per_1000 is not None]
+    lives = f"{len(judged)} of {len(found)} lives long enough to judge"
+    if not judged:
+        return Verdict("I8", about, None, lives)
+    worst, name, pid = max(judged)
+    return Verdict("I8", about, worst < MAX_GROWTH_MIB, f"{lives}; worst: {name} ({pid}), {worst:+.2f} MB")
 
 
 def _codes(records: Sequence[Record]) -> list[str]:
@@ -280,6 +265,8 @@ def _load(run: Run) -> list[str]:
     problems = []
     if len(run.records) < 0.95 * run.planned_load:
         problems.append(f"{len(run.records)} requests of {run.planned_load} were sent")
+    if len(run.records) >= SOAK_REQUESTS and _memory(run).held is None:
+        problems.append("no process lived long enough for its memory to be judged")
     met = sum(fault.in_flight > 0 for fault in run.faults)
     if met < 0.8 * len(run.faults):
         problems.append(f"only {met} of {len(run.faults)} faults met requests in flight")

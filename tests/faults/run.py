@@ -16,13 +16,15 @@ import psutil
 
 from tests.faults.injector import Injector, Links, Plan
 from tests.faults.members import FAKE_MODEL, Shape
-from tests.faults.oracle import Fault, Holdings, Run, Sample
+from tests.faults.memory import Sample
+from tests.faults.oracle import Fault, Holdings, Run, leaked
 from tests.faults.questions import RealQuestions, fake_question
 from tests.faults.suite import Suite
 from tests.faults.traffic import DEADLINE_S, Asked, Client, Scale, arrivals
 
 WARM_UP_S = 3.0
 SAMPLE_S = 1.0
+CLOSING_S = 10.0
 NUM_REAL_QUESTIONS = 24
 COUNTED = ("received", "ok", "cancelled", "rejected", "failed")
 # What no line of a log may hold.
@@ -71,7 +73,7 @@ class Runner:
         await self._load(run, client, make)
         run.records = client.records
         run.idle_after_s = await self._idle()
-        run.after = await self._holdings()
+        run.after = await self._holdings_later(run.before)
         run.counters = await self._counters(run)
         run.flips_caught = sum(self._checksum_failures.values())
         self._read_logs(run)
@@ -93,9 +95,10 @@ class Runner:
         self.progress.phase = "warming up"
         assert self.suite.channel is not None
         client = Client(self.suite.channel)
-        for number in range(24):
-            client.send(make(1_000_000 + number))
-            await asyncio.sleep(WARM_UP_S / 24)
+        for burst in range(4):  # several at once, or the least loaded pair would serve them all
+            for number in range(8):
+                client.send(make(1_000_000 + 8 * burst + number))
+            await asyncio.sleep(WARM_UP_S / 4)
         await client.finish(DEADLINE_S)
         await self.suite.wait_idle()
 
@@ -162,9 +165,16 @@ class Runner:
         for name in self.suite.members:
             with contextlib.suppress(TimeoutError, AssertionError):
                 census = await self.suite.census(name)
-                found[name] = Holdings(census["tasks"], census["fds"])
+                found[name] = Holdings(census["tasks"], census["descriptors"])
                 self._checksum_failures[census["pid"]] = census["checksum_failures"]
         return found
+
+    async def _holdings_later(self, before: Mapping[str, Holdings]) -> dict[str, Holdings]:
+        """As soon as nobody holds more than before; else after the time by which what is idle must have been closed."""
+        began = time.monotonic()
+        while leaked(before, after := await self._holdings()) and time.monotonic() < began + CLOSING_S:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+        return after
 
     async def _counters(self, run: Run) -> dict[str, Mapping[str, int]]:
         """How requests ended, as each process that lives counts them since its start; all is idle, so none still runs."""

@@ -216,15 +216,15 @@ class Suite:
         path = self.directory / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    async def census(self, name: str, limit_s: float = 5.0) -> Mapping[str, int]:
-        """What a process says that it holds: asyncio tasks and file descriptors."""
+    async def census(self, name: str, limit_s: float = 5.0) -> Mapping[str, Any]:
+        """What a process says that it holds: asyncio tasks, and file descriptors by kind."""
         path = self._census_path(name)
         before = path.stat().st_size if path.exists() else 0
         pid = self._signal(name, signal.SIGUSR1)
         async with asyncio.timeout(limit_s):
             while not path.exists() or path.stat().st_size <= before:  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.01)
-        found: Mapping[str, int] = json.loads(path.read_text().splitlines()[-1])
+        found: Mapping[str, Any] = json.loads(path.read_text().splitlines()[-1])
         assert found["pid"] == pid
         return found
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.faults.oracle import Fault, Run, Verdict, growth_by_process, judge, stream_problem, tally
+from tests.faults.memory import Growth, growths
+from tests.faults.oracle import Fault, Run, Verdict, judge, stream_problem, tally
 
 
 def passed(run: Run) -> bool:
@@ -66,19 +67,26 @@ def _processes(run: Run) -> Table:
     """What each held before the load and after it, and how the memory of those grew that lived long enough to tell."""
     names = ("process", "MB per 1,000 requests", "MB before, after", "tasks before, after", "descriptors before, after")
     table = Table(*names, box=None, pad_edge=False)
-    slopes = growth_by_process(run.samples)
+    found = growths(run.samples)
     for name, before in run.before.items():
-        growth = [f"{slope:+.2f}" for life, slope in slopes.items() if life.split()[0] == name]
         sizes = [sample.rss_bytes / 2**20 for sample in run.samples if sample.name == name]
         after = run.after.get(name)
         table.add_row(
             name,
-            ", ".join(growth) or "lived too short",
+            _grown([growth for growth in found if growth.name == name]),
             f"{sizes[0]:.0f}, {sizes[-1]:.0f}" if sizes else "-",
             f"{before.tasks}, {'?' if after is None else after.tasks}",
-            f"{before.fds}, {'?' if after is None else after.fds}",
+            f"{before.num_descriptors}, {'?' if after is None else after.num_descriptors}",
         )
     return table
+
+
+def _grown(lives: Sequence[Growth]) -> str:
+    """Of one place in the suite, which several processes may have filled one after the other."""
+    judged = [f"{growth.mib_per_1000:+.2f}" for growth in lives if growth.mib_per_1000 is not None]
+    if judged:
+        return ", ".join(judged)
+    return f"unjudged: {max((growth.requests_lived for growth in lives), default=0)} requests at most"
 
 
 def _spread(values: Sequence[float]) -> str:
