@@ -1,8 +1,9 @@
 """What a client gets for requests that cannot be served, and that nothing else is harmed."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc.aio
@@ -129,6 +130,42 @@ async def test_bad_input_does_not_hold_up_the_loop(suite: Suite) -> None:
     await suite.generate(chat={"messages": [{"role": 2, "content": "a b " * 200}] * 2000})
     beating.cancel()
     assert longest < 0.25  # 50 ms in a process of its own; here client and workers share the loop
+
+
+class HeldWork:
+    """A method that waits until the event loop has had a turn. `kept_it`: somewhere it had none within ten seconds."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.num_calls = 0
+        self.kept_it = False
+        self._method = method
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        turn = threading.Event()
+        self.num_calls += 1
+        self._loop.call_soon_threadsafe(turn.set)
+        self.kept_it |= not turn.wait(10)
+        return self._method(*arguments, **options)
+
+
+@pytest.mark.parametrize("work", ["encode", "decode", "render"])
+async def test_the_loop_goes_on_while_a_long_prompt_is_worked_on(suite: Suite, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    owner = suite.model.template if work == "render" else suite.model.tokenizer
+    held = HeldWork(getattr(owner, work))
+    monkeypatch.setattr(owner, work, held)
+    stub = tokenizer_pb2_grpc.TokenizerServiceStub(suite.channel)
+    match work:
+        case "encode":
+            answer = await suite.generate(text="a b " * 1500)
+            assert answer.error is not None and answer.error.reason is Reason.PROMPT_TOO_LONG  # by its tokens
+        case "decode":
+            await stub.Detokenize(tokenizer_pb2.DetokenizeRequest(token_ids=[100] * 5000))
+        case _:
+            chat = generation_pb2.Chat(messages=[{"role": 2, "content": "a b "}] * 100)
+            await stub.ApplyChatTemplate(tokenizer_pb2.ApplyChatTemplateRequest(chat=chat))
+    assert held.num_calls == 1
+    assert not held.kept_it
 
 
 class TestTokenizer:
