@@ -3,16 +3,19 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm.ops.cpu.native import library
+from llm.ops.cpu.native import library, turns
 from llm.ops.cpu.native.turns import SLICE_S, Turns
 from tandem.models import cache_directory
 from tests.fakes.clock import Clock
+from tests.faults.clock import WallClocks, compiler
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
@@ -85,6 +88,35 @@ def test_who_waits_too_long_goes_ahead_and_distrusts_for_a_while(native: Any, tm
     with mine.turn():
         passed.append(mine._mine)
     assert passed == [False, False, False, True]
+
+
+WAIT_FOR_A_TURN = """
+import sys, threading, time
+from pathlib import Path
+from llm.ops.cpu.native import library, turns
+from llm.ops.cpu.native.turns import Turns
+from tandem.models import cache_directory
+theirs, mine = (Turns(library.load(cache_directory()), Path(sys.argv[1])) for _ in range(2))
+sys.stdin.readline()
+with theirs.turn():
+    began = time.monotonic()
+    waiting = threading.Thread(target=mine._take)
+    waiting.start()
+    waiting.join()
+    print(mine._mine, time.monotonic() - began)
+"""
+
+
+@pytest.mark.skipif(compiler() is None, reason="the stepped clock is built here, and there is no C compiler")
+def test_a_wait_is_as_long_when_the_wall_clock_jumps(native: Any, tmp_path: Path) -> None:
+    clocks = WallClocks(tmp_path)
+    command = [sys.executable, "-c", WAIT_FOR_A_TURN, str(tmp_path / "turns")]
+    environment = {**os.environ, **clocks.environment}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as waiting:
+        clocks.step(waiting.pid, -3600)
+        mine, waited_s = waiting.communicate("go\n", timeout=60)[0].split()
+    assert mine == "False"
+    assert float(waited_s) >= turns._LIMIT_MS / 1000 - 0.001  # whole milliseconds
 
 
 def _take_and_die(path: Path) -> None:

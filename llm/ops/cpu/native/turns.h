@@ -16,6 +16,21 @@
 
 namespace tandem {
 
+#ifdef __GLIBC_PREREQ
+#if __GLIBC_PREREQ(2, 30)
+#define TANDEM_HAS_CLOCKLOCK
+#endif
+#endif
+
+// By the wall clock, whose steps end a wait at once or make it last for hours, only where the C library has nothing else.
+#ifdef TANDEM_HAS_CLOCKLOCK
+constexpr clockid_t TURN_CLOCK = CLOCK_MONOTONIC;
+inline int lock_until(pthread_mutex_t& mutex, const timespec& until) { return pthread_mutex_clocklock(&mutex, TURN_CLOCK, &until); }
+#else
+constexpr clockid_t TURN_CLOCK = CLOCK_REALTIME;
+inline int lock_until(pthread_mutex_t& mutex, const timespec& until) { return pthread_mutex_timedlock(&mutex, &until); }
+#endif
+
 // Lies in memory that the processes share. `queue` is held while waiting for `cores`, so that who comes first goes first, and who
 // gave the cores away cannot have them back before those who wait. Locks of a process that ends are freed by the kernel.
 struct Turnstile {
@@ -51,7 +66,7 @@ class Turns {
     // Returns whether it is our turn now: false after `limit_ms`. A turn is given back by the thread that took it.
     bool take(int limit_ms) {
         timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(TURN_CLOCK, &until);
         until.tv_sec += (until.tv_nsec / 1000000 + limit_ms) / 1000;
         until.tv_nsec = (until.tv_nsec / 1000000 + limit_ms) % 1000 * 1000000;
         if (!lock(turnstile_->queue, until)) return false;
@@ -66,7 +81,7 @@ class Turns {
 
    private:
     static bool lock(pthread_mutex_t& mutex, const timespec& until) {
-        const int result = pthread_mutex_timedlock(&mutex, &until);
+        const int result = lock_until(mutex, until);
         if (result == EOWNERDEAD) pthread_mutex_consistent(&mutex);
         return result == 0 || result == EOWNERDEAD;
     }
