@@ -60,10 +60,10 @@ class Connection:
         """The next message, which the peer may take `wait_s` to begin, then `stall_s` in all to end. FrameError if it is none."""
         prefix = bytearray(PREFIX.size)
         first = await self._receive_some(memoryview(prefix), wait_s or self._stall_s)
-        async with asyncio.timeout(self._stall_s):
-            await self.receive_into(memoryview(prefix)[first:])
-            header = bytearray(header_bytes(prefix))
-            await self.receive_into(memoryview(header))
+        deadline = self._loop.time() + self._stall_s
+        await self._receive_until(deadline, memoryview(prefix)[first:])
+        header = bytearray(header_bytes(prefix))
+        await self._receive_until(deadline, memoryview(header))
         return decode(prefix, bytes(header))
 
     async def receive_into(self, target: memoryview) -> None:
@@ -129,6 +129,12 @@ class Connection:
                 raise ConnectionResetError("the peer closed the connection")
             return received
 
+    async def _receive_until(self, deadline: float, target: memoryview) -> None:
+        """Fills `target`; the clock is only looked at where there is something to wait for."""
+        received = 0
+        while received < len(target):
+            received += await self._receive_some(target[received:], deadline - self._loop.time())
+
     async def _take_turns(self, num_bytes: int) -> None:
         self._turn_bytes += num_bytes
         if self._turn_bytes > _FAIR_BYTES:
@@ -136,14 +142,15 @@ class Connection:
             await asyncio.sleep(0)
 
     async def _ready(self, add: Callable[..., object], remove: Callable[..., object], wait_s: float) -> None:
-        """Waits until the socket can be read or written."""
+        """Waits until the socket can be read or written. A timer of our own costs half of what asyncio.timeout does."""
         self._turn_bytes = 0
         ready = self._loop.create_future()
         add(self._socket, _resolve, ready)
+        timer = self._loop.call_later(max(0.0, wait_s), _expire, ready)
         try:
-            async with asyncio.timeout(wait_s):
-                await ready
+            await ready
         finally:
+            timer.cancel()
             if self._socket.fileno() >= 0:
                 remove(self._socket)
 
@@ -159,6 +166,11 @@ async def _resolved(host: str, port: int) -> Sequence[Any]:
 def _resolve(ready: "asyncio.Future[None]") -> None:
     if not ready.done():
         ready.set_result(None)
+
+
+def _expire(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_exception(TimeoutError())
 
 
 async def _connected(family: int, kind: int, protocol: int, address: object) -> socket.socket:

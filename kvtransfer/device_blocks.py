@@ -1,8 +1,10 @@
 """A pool's blocks in GPU memory, as transfers see them."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 
 import torch
 
@@ -12,23 +14,35 @@ from llm.kv.pool import KvPool, blocks_in
 
 WARM_UP_S = 60.0
 
+HERE_BYTES = 128 << 20
+"""Most that the event loop waits for: half a millisecond between two GPUs that are linked. Waking a thread and hearing from it
+takes as long."""
+
+SLOW_S, AWAY_S = 0.002, 0.25
+"""Such a wait that took longer says that the GPU is busy with other processes, or far. For so long threads wait then."""
+
 
 class DeviceBlocks:
     """Copies and checksums on the GPU; the calling thread waits for them, without the GIL. Each thread has a stream of its own."""
 
     least_per_job = num_per_job = num_per_turn = MAX_BLOCKS
     """One launch copies a whole frame's blocks."""
-    num_here = 0
-    """The event loop never waits for a device."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, clock: Callable[[], float] = time.monotonic) -> None:
+        """On the event loop."""
         self.device = pool.tensor.device
         self.block_bytes = pool.layout.block_bytes
         self._pool = pool
+        self._clock = clock
+        self._home = threading.get_ident()
         self._thread = threading.local()
+        self._warming: Sequence[Future[None]] = ()
+        self._most_here = min(MAX_BLOCKS, HERE_BYTES // self.block_bytes)
+        self._away_until = clock()
 
     def warm_up(self, threads: Executor, num_threads: int) -> Sequence[Future[None]]:
-        """Compiles the kernels and makes each thread's stream, which takes a second; nothing of that is left for a busy moment."""
+        """Compiles the kernels and makes each thread's lane, the caller's too; nothing of that is left for a busy moment."""
+        assert self._lane is not None
         together, one_at_a_time = threading.Barrier(num_threads), threading.Lock()
 
         def warm_up() -> None:
@@ -36,14 +50,25 @@ class DeviceBlocks:
             with one_at_a_time:
                 self._lane.warm_up()
 
-        return [threads.submit(warm_up) for _ in range(num_threads)]
+        self._warming = [threads.submit(warm_up) for _ in range(num_threads)]
+        return self._warming
+
+    @property
+    def num_here(self) -> int:
+        """None while kernels are compiled, or the GPU was slow a moment ago."""
+        if self._clock() < self._away_until or not all(job.done() for job in self._warming):
+            return 0
+        return self._most_here
 
     def checksums(self, block_ids: BlockIds) -> Sums:
-        return self._lane.checksums(block_ids)
+        with self._timed():
+            return self._lane.checksums(block_ids)
 
     def fetch(self, memory: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
         """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what then lies in ours."""
-        return self._lane.fetch(blocks_in(memory, self._pool.layout), source_ids, block_ids)
+        source = blocks_in(memory, self._pool.layout)
+        with self._timed():
+            return self._lane.fetch(source, source_ids, block_ids)
 
     def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of `pinned` memory into blocks, one a block; the checksums of what then lies in them."""
@@ -68,6 +93,15 @@ class DeviceBlocks:
     def pinned(self, num_blocks: int) -> torch.Tensor:
         """Host memory, a row a block, that the GPU can copy to and from while the host does something else."""
         return torch.empty(num_blocks, self.block_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Watches how long the event loop waits."""
+        began = self._clock()
+        yield
+        now = self._clock()
+        if threading.get_ident() == self._home and now - began > SLOW_S:
+            self._away_until = now + AWAY_S
 
     @property
     def _lane(self) -> Lane:

@@ -83,13 +83,15 @@ class Sequencer:
         known_blocks = self._known(frame.first_block_index, frame.num_blocks, self.next_block, self._num_blocks)
         next_block = self.next_block + frame.num_blocks - known_blocks
         known_checksums = self._known(frame.first_checksum_index, len(frame.checksums), self.next_checksum, next_block)
-        new = replace(
-            frame,
-            first_block_index=self.next_block,
-            num_blocks=frame.num_blocks - known_blocks,
-            first_checksum_index=self.next_checksum,
-            checksums=frame.checksums[known_checksums:],
-        )
+        new = frame
+        if known_blocks or known_checksums:
+            new = replace(
+                frame,
+                first_block_index=self.next_block,
+                num_blocks=frame.num_blocks - known_blocks,
+                first_checksum_index=self.next_checksum,
+                checksums=frame.checksums[known_checksums:],
+            )
         self.next_block, self.next_checksum = next_block, self.next_checksum + len(new.checksums)
         self.first_token_id = self.first_token_id if frame.first_token_id is None else frame.first_token_id
         return new

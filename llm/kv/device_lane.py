@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 
+from llm.gpu import quiet_calls
 from llm.kv.block_arrays import BlockIds, Sums
 from llm.ops.gpu.block_copy import copy_blocks
-from llm.ops.gpu.checksum import block_checksums, checksum_room
+from llm.ops.gpu.checksum import checksum_room, finish_checksums, sum_stretches
 
 MAX_BLOCKS = 128
 """Blocks of one call; a lane has a sixteenth of a block of GPU memory for each."""
+
+PIECE_BLOCKS = 16
+"""Of more than these each piece is summed while the next is copied."""
 
 _HIGH_PRIORITY = -1
 """Transfers are short and somebody waits for them; a step's kernels fill the GPU for milliseconds."""
 
 
 class Lane:
-    """A stream of its own over one pool [num_blocks, ...], and pinned room for what goes to and fro. For one thread at a time.
+    """A stream of its own over one pool [num_blocks, ...], and pinned room for what goes to and fro. For the thread that makes it.
 
     Each call returns when the GPU has done with it, however it ends; so nothing reads or writes blocks after a call. What the
     engine's stream does is neither waited for nor held up. On CPU tensors (in tests) the same runs at once.
@@ -29,7 +33,10 @@ class Lane:
     def __init__(self, pool: torch.Tensor) -> None:
         on_gpu = pool.is_cuda
         self._pool = pool
-        self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream, self._beside = (
+            torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
         self._ids_here = self._ids.numpy()
         self._device_ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, device=pool.device)
@@ -37,6 +44,9 @@ class Lane:
         self._room = checksum_room(pool, MAX_BLOCKS)
         self._sums = torch.empty(MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
         self._sums_here = self._sums.numpy().view(np.uint64)
+        with self._running():
+            # By torch, which binds the thread to the device's context; the driver's own calls only look for one.
+            self._device_ids.copy_(self._ids.zero_(), non_blocking=True)
 
     def warm_up(self) -> None:
         """Compiles the kernels."""
@@ -52,12 +62,18 @@ class Lane:
         return self._checksums(len(block_ids))
 
     def fetch(self, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        """Copies blocks of `source`, a pool that this GPU can read, in one launch; the checksums of what then lies in ours."""
+        """Copies blocks of `source`, a pool that this GPU can read; the checksums of what then lies in ours."""
+        count = len(block_ids)
         with self._running():
             ids = self._upload(source_ids, block_ids)
-            copy_blocks(source, self._pool, ids[0], ids[1])
-            self._start_checksums(ids[1])
-        return self._checksums(len(block_ids))
+            for first in range(0, count, PIECE_BLOCKS):
+                piece = slice(first, first + PIECE_BLOCKS)
+                copy_blocks(source, self._pool, ids[0, piece], ids[1, piece])
+                with self._following(count):
+                    sum_stretches(self._pool, ids[1, piece], self._room[piece])
+            with self._following(count):
+                finish_checksums(self._pool, ids[1], self._room, self._sums)
+        return self._checksums(count)
 
     def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of bytes from pinned host memory, one a block; the checksums of what then lies in ours."""
@@ -88,27 +104,43 @@ class Lane:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        stream = self._stream
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with _current(self._stream):
             try:
                 yield
             finally:
-                if stream is not None:
-                    stream.synchronize()
+                for stream in (self._stream, self._beside):
+                    if stream is not None:
+                        stream.synchronize()
+
+    def _following(self, num_blocks: int) -> AbstractContextManager[object]:
+        """For launches that need what was launched so far, but need not hold up what comes next."""
+        if self._stream is None or self._beside is None or num_blocks <= PIECE_BLOCKS:
+            return nullcontext()
+        self._beside.wait_stream(self._stream)
+        return _current(self._beside)
 
     def _upload(self, *rows: BlockIds) -> torch.Tensor:
         """The ids on the device, a row each; valid until the next call."""
         count = len(rows[0])
-        for row, ids in enumerate(rows):
-            self._ids_here[row, :count] = ids
-        self._device_ids.copy_(self._ids, non_blocking=True)
+        for row, ids in zip(self._ids_here, rows, strict=False):
+            row[:count] = ids
+        if self._stream is None:
+            self._device_ids.copy_(self._ids)
+        else:
+            quiet_calls.to_device(self._device_ids, self._ids, self._ids.numel())
         return self._device_ids[:, :count]
 
     def _start_checksums(self, ids: torch.Tensor) -> None:
-        self._sums[: ids.shape[0]].copy_(block_checksums(self._pool, ids, self._room), non_blocking=True)
+        """The last kernel writes them where they are read: a copy would be one more thing to wait for."""
+        sum_stretches(self._pool, ids, self._room)
+        finish_checksums(self._pool, ids, self._room, self._sums)
 
     def _checksums(self, count: int) -> Sums:
         return self._sums_here[:count].copy()
 
     def _bytes_of(self, block_id: int) -> torch.Tensor:
         return self._pool[block_id].view(-1).view(torch.uint8)
+
+
+def _current(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

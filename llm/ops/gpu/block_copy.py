@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.ops.gpu.compiled import launch
+
 _WORDS = 4096
 
 
@@ -39,13 +41,16 @@ def copy_blocks(
     """
     ids = source_ids if source_ids is not None else target_ids
     assert ids is not None and source.shape[1:] == target.shape[1:] and source.dtype == target.dtype
-    read, written = _words(source), _words(target)
-    count, words = ids.shape[0], read.shape[1]
+    count, words = ids.shape[0], source.stride(0) * source.element_size() // 4
     if count:
-        _copy_blocks_kernel[(count, triton.cdiv(words, _WORDS))](
-            read, written, source_ids if source_ids is not None else ids, target_ids if target_ids is not None else ids, words,
-            FROM_IDS=source_ids is not None, TO_IDS=target_ids is not None, BLOCK=_WORDS, num_warps=8,
-        )  # fmt: skip
+        from_ids, to_ids = source_ids is not None, target_ids is not None
+        tensors = [
+            _words(source),
+            _words(target),
+            ids if source_ids is None else source_ids,
+            ids if target_ids is None else target_ids,
+        ]
+        launch(_copy_blocks_kernel, (count, triton.cdiv(words, _WORDS)), tensors, (words, from_ids, to_ids, _WORDS), num_warps=8)
 
 
 def copy_blocks_reference(
@@ -59,4 +64,4 @@ def copy_blocks_reference(
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(tensor.shape[0], -1).view(torch.int32)
+    return tensor.view(torch.int32)

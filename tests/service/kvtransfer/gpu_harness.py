@@ -12,13 +12,15 @@ from tests.fakes.interpreter import interpret_without_gpu
 
 interpret_without_gpu()
 device_lane = pytest.importorskip("llm.kv.device_lane")
+device_blocks = pytest.importorskip("kvtransfer.device_blocks")
 block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
 
 
 def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """References stand in for the kernels, since the interpreter takes one thread at a time."""
     monkeypatch.setattr(device_lane, "copy_blocks", block_copy.copy_blocks_reference)
-    monkeypatch.setattr(device_lane, "block_checksums", _checksums)
+    monkeypatch.setattr(device_lane, "sum_stretches", lambda pool, block_ids, room: None)
+    monkeypatch.setattr(device_lane, "finish_checksums", _checksums)
     return install(monkeypatch)
 
 
@@ -29,6 +31,6 @@ def gpu_pool(layout: KvLayout, num_blocks: int, number: int = 0) -> KvPool:
     return KvPool.over(layout, memory)
 
 
-def _checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+def _checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor, out: torch.Tensor) -> None:
     sums = [block_checksum(pool[block].view(torch.uint8).numpy().tobytes()) for block in block_ids.tolist()]
-    return torch.tensor([value - (1 << 64) if value >> 63 else value for value in sums])
+    out[: len(sums)] = torch.tensor([value - (1 << 64) if value >> 63 else value for value in sums])

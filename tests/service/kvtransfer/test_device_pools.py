@@ -5,9 +5,11 @@ import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kvtransfer.ticket import CudaIpcOffer, KvTicket
@@ -17,8 +19,9 @@ from llm.kv.host_identity import process_start_ticks
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
 from tandem.errors import Reason, TandemError
+from tests.fakes.clock import Clock
 from tests.fakes.cuda_calls import FakeCuda
-from tests.service.kvtransfer.gpu_harness import device_lane, fake_gpus, gpu_pool
+from tests.service.kvtransfer.gpu_harness import device_blocks, device_lane, fake_gpus, gpu_pool
 from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, Transfer, transfer
 
 MINE = [7, 3, 30, 11, 0, 22, 5, 38]
@@ -127,6 +130,7 @@ async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transpor
         return whole(lane, count)
 
     monkeypatch.setattr(device_lane.Lane, "_checksums", held)
+    monkeypatch.setattr("kvtransfer.device_blocks.HERE_BYTES", 0)
     async with on_gpus(transport) as at:
         ticket = at.complete()
         pulling = asyncio.create_task(at.puller.pull(ticket, MINE))
@@ -139,6 +143,62 @@ async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transpor
             await pulling
         await at.puller.pull(ticket, MINE)
         assert at.arrived(ticket, MINE)
+
+
+@pytest.mark.parametrize(("here_bytes", "on_loop"), [(1 << 20, True), (0, False)])
+async def test_the_event_loop_waits_for_few_blocks(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, here_bytes: int, on_loop: bool
+) -> None:
+    names, whole = list[str](), device_lane.Lane._checksums
+
+    def noted(lane: object, count: int) -> Sums:
+        names.append(threading.current_thread().name)
+        return whole(lane, count)
+
+    monkeypatch.setattr(device_lane.Lane, "_checksums", noted)
+    monkeypatch.setattr("kvtransfer.device_blocks.HERE_BYTES", here_bytes)
+    monkeypatch.setattr("kvtransfer.device_blocks.SLOW_S", 60.0)
+    async with on_gpus("cuda_ipc") as at:
+        await at.puller.start()
+        ticket = await at.sealed()
+        await at.puller.pull(ticket, MINE)
+        assert at.arrived(ticket, MINE)
+    assert len(names) == 2
+    assert {name == threading.main_thread().name for name in names} == {on_loop}
+
+
+def test_threads_wait_for_a_gpu_that_was_slow(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, clock, takes_s = gpu_pool(LAYOUT, 3), Clock(), 0.0
+    blocks, block_ids = device_blocks.DeviceBlocks(pool, clock), np.arange(2, dtype=np.int32)
+    whole = device_lane.Lane._checksums
+
+    def slow(lane: object, count: int) -> Sums:
+        clock.now += takes_s
+        return whole(lane, count)
+
+    monkeypatch.setattr(device_lane.Lane, "_checksums", slow)
+    blocks.checksums(block_ids)
+    assert blocks.num_here == device_lane.MAX_BLOCKS
+    takes_s = 2 * device_blocks.SLOW_S
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(blocks.checksums, block_ids).result()
+    assert blocks.num_here == device_lane.MAX_BLOCKS, "only the loop's own waits count"
+    blocks.checksums(block_ids)
+    assert blocks.num_here == 0
+    clock.now += device_blocks.AWAY_S
+    assert blocks.num_here == device_lane.MAX_BLOCKS
+    pool.close()
+
+
+def test_nothing_is_awaited_while_kernels_compile(cuda: FakeCuda) -> None:
+    pool = gpu_pool(LAYOUT, 3)
+    blocks, compiling = device_blocks.DeviceBlocks(pool), Future[None]()
+    with ThreadPoolExecutor(1) as threads:
+        wait(blocks.warm_up(threads, 1))
+        assert blocks.num_here == device_lane.MAX_BLOCKS
+        blocks._warming = [compiling]
+        assert blocks.num_here == 0
+    pool.close()
 
 
 @pytest.mark.parametrize("kinds", [(gpu_pool, KvPool.create), (KvPool.create, gpu_pool)])
