@@ -50,6 +50,8 @@ class TicketLedger:
         """By final state."""
         self.num_stale = 0
         """Requests for tickets unknown, over, or of another epoch."""
+        self.num_moves = 0
+        """How often a ticket has come nearer to its end, or its consumer has asked for more time."""
         self.pulse = Pulse(clock)
         """Each beat of a consumer renews its ticket's lease."""
 
@@ -159,13 +161,15 @@ class TicketLedger:
         return self.pulse.heard_at(entry.ticket_id)
 
     def _renew(self, entry: Entry, moment: float) -> None:
-        if entry.expires_at is not None:
-            entry.expires_at = max(entry.expires_at, moment + self._lease_s)
+        if entry.expires_at is not None and moment + self._lease_s > entry.expires_at:
+            entry.expires_at = moment + self._lease_s
+            self.num_moves += 1
 
     def _move(self, entry: Entry, state: State) -> None:
         level = logging.INFO if state in (State.EXPIRED, State.ABORTED) else logging.DEBUG
         logger.log(level, "%s: %s, was %s", entry, state.value, entry.state.value)
         entry.state = state
+        self.num_moves += 1
 
     def _end(self, entry: Entry, state: State) -> Entry:
         """An entry leaves the ledger at the moment that its blocks are freed, so this happens once."""

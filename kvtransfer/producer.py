@@ -102,6 +102,11 @@ class KvProducer:
         """Tickets whose blocks have not been freed."""
         return self._ledger.num_outstanding
 
+    @property
+    def num_moves(self) -> int:
+        """How often a ticket has come nearer to its end, or its consumer has asked for more time."""
+        return self._ledger.num_moves
+
     def counters(self) -> ProducerCounters:
         ledger, ended = self._ledger, self._ledger.num_ended
         return ProducerCounters(

@@ -187,8 +187,9 @@ class PrefillWorker:
     def _works(self) -> dict[str, Work]:
         load = self._engine.load()
         held_up = load.num_waiting > 0 and load.num_running == 0
-        # A decode worker that has died keeps blocks from others for one lease.
-        admission = Work(held_up, load.num_admitted, excused_s=self._settings.transfer.lease_s + 1.0)
+        # Tickets keep blocks from others, each for one lease after its consumer's last word.
+        num_moves = load.num_admitted + self._producer.num_moves
+        admission = Work(held_up, num_moves, excused_s=self._settings.transfer.lease_s + 1.0)
         return {"engine": self._engine.thread.work(), "admission": admission, "hand-off": self._producer.work()}
 
     def _wedged(self, why: str) -> None:

@@ -15,6 +15,7 @@ SEEDS = 2000
 REGRESSIONS = {
     13: "a producer that ended before its pool was mapped was taken for one of another suite, and the request failed with that",
     259: "so was one whose process and file numbers had been given to another",
+    4117: "a prompt that waited for blocks whose ticket was pulled late and never released counted as an admission that hangs",
     20243: "a task of a killed gateway counted as one whose failure nobody asked for (a defect of the simulation)",
     592: "a prompt that ended at its deadline had its blocks, by then another's, granted as a ticket",
     1006141: "a worker that was drained as all was over counted as ready until it said otherwise (a defect of the simulation)",

@@ -55,6 +55,26 @@ def test_from_grant_to_release(at: Fixture) -> None:
     assert (entry.state, at.freed, at.ledger.num_outstanding) == (State.RELEASED, [(4, 5, 6)], 0)
 
 
+def test_steps_of_tickets_and_longer_leases_count_as_moves_and_nothing_else_does(at: Fixture) -> None:
+    """By them is judged whether blocks that others wait for are being given back."""
+    ledger = at.ledger
+    entry = ledger.grant("t", 1, [4, 5])
+    ledger.progress("t", 1)
+    ledger.finish("t", 77)
+    assert ledger.num_moves == 2
+    ledger.open("t", 1)  # at the same moment: the lease gets no longer
+    ledger.expire()
+    assert ledger.num_moves == 2
+    at.clock.now += 1.0
+    ledger.open("t", 1)
+    ledger.pulled(entry)
+    assert ledger.num_moves == 4
+    at.clock.now += LEASE_S
+    ledger.expire()
+    ledger.expire()
+    assert (ledger.num_moves, entry.state) == (5, State.EXPIRED)
+
+
 def test_while_filling_no_lease_runs(at: Fixture) -> None:
     at.ledger.grant("t", 1, [1])
     at.clock.now += 1e6
