@@ -69,12 +69,15 @@ inline WideBlock<Block::HALVES> widen_block(const Block& block, int groups) {
     return wide;
 }
 
-// out[r][o] of ROWS rows and one block.
+// out[r][o] of ROWS rows and one block. Asks for the rows that come next, since all rows do not fit the first-level cache.
 template <int ROWS, class Block>
 inline void integer_tile(const Block& block, const Rows& rows, int row, float (*out)[BLOCK_OUTPUTS]) {
     Reals totals[ROWS];
     for (int r = 0; r < ROWS; r++) totals[r] = zero_reals();
     for (int group = 0; group < rows.layout.groups; group++) {
+        if constexpr (ROWS == INTEGER_ROWS)
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(rows.integers(row + ROWS + r) + group * GROUP);
         Sums sums[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = zero_sums();
 #pragma GCC unroll 4
@@ -104,6 +107,7 @@ template <class Block>
 inline void integer_rows(const Block& block, const Rows& rows, int count, int first_output, const Target& target) {
     cut_rows<INTEGER_ROWS>(count, [&](auto size, int row) {
         alignas(64) float tile[size][BLOCK_OUTPUTS];
+        target.ask_for(row, size, first_output);
         integer_tile<size>(block, rows, row, tile);
         target.take(tile, row, size, first_output);
     });

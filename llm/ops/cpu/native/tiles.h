@@ -17,6 +17,11 @@ struct Target {
     int first_block() const { return first / BLOCK_OUTPUTS; }
     int end_block() const { return (last + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS; }
 
+    // What `take` will write: its lines come while the tile is computed.
+    void ask_for(int row, int rows, int start) const {
+        for (int r = 0; r < rows; r++) __builtin_prefetch(out + (row + r) * stride + start, 1);
+    }
+
     // Takes the results of `rows` rows and of the outputs from `start` on.
     template <int WIDTH>
     void take(const float (*tile)[WIDTH], int row, int rows, int start) const {
