@@ -49,14 +49,15 @@ class Destination:
     def _note(self, first: int, sums: Sums, kept: Sums, is_kept: npt.NDArray[np.bool_]) -> None:
         run = slice(first, first + len(sums))
         kept[run], is_kept[run] = sums, True
-        both = self._is_here[run] & self._is_told[run]
-        self._verify(first + np.flatnonzero(both))
+        self._verify(first, self._is_here[run] & self._is_told[run])
 
-    def _verify(self, indexes: npt.NDArray[np.intp]) -> None:
-        good = self._found[indexes] == self._told[indexes]
-        self.state.verified(indexes[good])
-        if not good.all():
-            raise DamagedBlockError(int(indexes[~good][0]))
+    def _verify(self, first: int, known: npt.NDArray[np.bool_]) -> None:
+        """`known`: of which blocks from `first` on both are."""
+        run = slice(first, first + len(known))
+        good = known & (self._found[run] == self._told[run])
+        self.state.verified(first, good)
+        if (bad := known ^ good).any():
+            raise DamagedBlockError(first + int(bad.argmax()))
 
 
 class Sequencer:

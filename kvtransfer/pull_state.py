@@ -70,8 +70,9 @@ class PullState:
         self.began_at = self.began_at or self._clock()
         self._advance(State.FILLING)
 
-    def verified(self, indexes: int | npt.NDArray[np.intp]) -> None:
-        self._verified[indexes] = True
+    def verified(self, first: int, good: npt.NDArray[np.bool_]) -> None:
+        """Of the blocks from `first` on those that are `good`."""
+        self._verified[first : first + len(good)] |= good
 
     def ready(self) -> None:
         """Every block was told."""

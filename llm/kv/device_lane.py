@@ -32,6 +32,8 @@ class Lane:
 
     def __init__(self, pool: torch.Tensor) -> None:
         on_gpu = pool.is_cuda
+        if on_gpu:
+            torch.cuda.set_device(pool.device)  # else each call would change the thread's device and change it back
         self._pool = pool
         self._stream, self._beside = (
             torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]

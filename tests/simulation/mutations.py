@@ -54,8 +54,8 @@ def blocks_freed_after_a_cancel(seams: Seams) -> None:
 def checksums(seams: Seams) -> None:
     """Whatever arrives counts as verified."""
 
-    def verify(self: Any, indexes: Any) -> None:
-        self.state.verified(indexes)
+    def verify(self: Any, first: Any, known: Any) -> None:
+        self.state.verified(first, known)
 
     seams.set(kvtransfer.intake.Destination, "_verify", verify)
 

@@ -6,6 +6,7 @@ consumer takes in must be what its ticket was granted for, and every block must 
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -135,7 +136,7 @@ class OwnershipMachine(RuleBasedStateMachine):
             self._close(consumer)
             return
         consumer.taken_in.append(copied)
-        consumer.state.verified(index)
+        consumer.state.verified(index, np.ones(1, np.bool_))
         if consumer.state.num_verified == len(request.entry.block_ids):
             consumer.state.ready()
             consumer.state.pulled()

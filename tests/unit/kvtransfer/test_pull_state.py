@@ -1,5 +1,6 @@
 """A ticket at its consumer: transitions that may come twice or late, and how often a pull may fail."""
 
+import numpy as np
 import pytest
 
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PulledTickets, PullState, StalledPullError
@@ -15,7 +16,7 @@ def state(clock: Clock) -> PullState:
 
 def arrive(state: PullState, *indexes: int) -> None:
     for index in indexes:
-        state.verified(index)
+        state.verified(index, np.ones(1, np.bool_))
 
 
 def test_from_grant_to_release(state: PullState, clock: Clock) -> None:
