@@ -6,6 +6,7 @@ checked before the header is read, the header's checksum before it is decoded, a
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import Field, field, fields
 from typing import Any, Generic, TypeVar
 
@@ -41,11 +42,12 @@ class PacketFormat(Generic[MessageT]):
         self._magic = magic
         self._version = version
         self._kinds = kinds
-        self._parts = {kind: fields(kind) for kind in kinds}  # type: ignore[arg-type]
+        self._names = {kind: [part.name for part in fields(kind)] for kind in kinds}  # type: ignore[arg-type]
+        self._checks = {kind: [_check_of(part) for part in fields(kind)] for kind in kinds}  # type: ignore[arg-type]
 
     def encode(self, message: MessageT) -> bytes:
         """Prefix and header."""
-        values = [getattr(message, each.name) for each in self._parts[type(message)]]
+        values = [getattr(message, name) for name in self._names[type(message)]]
         header: bytes = msgpack.packb([self._version, self._kinds.index(type(message)), *values])
         assert len(header) <= MAX_HEADER_BYTES, "the header is longer than any peer would read"
         return self.prefix(len(header), block_checksum(header)) + header
@@ -83,8 +85,8 @@ class PacketFormat(Generic[MessageT]):
         return self._build(self._kinds[values[1]], values[2:])
 
     def _build(self, kind: type[MessageT], values: tuple[Any, ...]) -> MessageT:
-        parts = self._parts[kind]
-        if len(values) != len(parts) or not all(map(_is_legal, parts, values)):
+        checks = self._checks[kind]
+        if len(values) != len(checks) or not all(check(value) for check, value in zip(checks, values, strict=True)):
             raise FrameError(f"not the fields of a {kind.__name__}")
         return kind(*values)
 
@@ -110,16 +112,32 @@ def _refuse_extension(code: int, data: bytes) -> None:
     raise ValueError(f"extension type {code}")
 
 
-def _is_legal(part: "Field[Any]", value: Any) -> bool:
+def _check_of(part: "Field[Any]") -> Callable[[Any], bool]:
+    """Tells whether a value may be that field's."""
     if part.type is str:
-        return isinstance(value, str)
+        return _is_text
     if part.type is int:
-        return _is_whole(value, _MAX_U32)
-    if not isinstance(value, tuple) or not part.metadata["least"] <= len(value) <= part.metadata["most"]:
-        return False
-    if part.type == tuple[int, ...]:
-        return all(_is_whole(each, _MAX_U64) for each in value)
-    return all(isinstance(each, str) for each in value)
+        return _is_small
+    least, most = part.metadata["least"], part.metadata["most"]
+    items_are_legal = _are_whole if part.type == tuple[int, ...] else _are_texts
+    return lambda value: type(value) is tuple and least <= len(value) <= most and items_are_legal(value)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_small(value: Any) -> bool:
+    return _is_whole(value, _MAX_U32)
+
+
+def _are_texts(values: tuple[Any, ...]) -> bool:
+    return all(map(_is_text, values))
+
+
+def _are_whole(values: tuple[Any, ...]) -> bool:
+    """Without a step of the interpreter for each: a checksum a block, of which there may be hundreds."""
+    return not values or (set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= _MAX_U64)
 
 
 def _is_whole(value: Any, maximum: int) -> bool:
