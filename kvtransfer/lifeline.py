@@ -40,7 +40,7 @@ class _Follower:
 
 
 class Lifeline:
-    """One producer's heartbeat, from the first `follow` until `close` or the producer's loss; of no use after that.
+    """One producer's heartbeat, from `start` until `close` or the producer's loss; of no use after that.
 
     Its answers carry the producer's id, so a new process at the same address is not taken for the old one.
     """
@@ -49,6 +49,7 @@ class Lifeline:
         self.port = port
         self.gone = False
         """The producer was lost. Written by the thread."""
+        self._why = ""
         self._producer_id = producer_id
         self._clock = clock
         self._followers: set[_Follower] = set()
@@ -58,18 +59,28 @@ class Lifeline:
         self._socket: socket.socket | None = None
         self._beat_until = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-lifeline", daemon=True)
+        self._starting = threading.Lock()
+
+    @property
+    def started(self) -> bool:
+        return self._thread.ident is not None
+
+    def start(self) -> None:
+        """Takes until the thread runs, milliseconds where many want the interpreter: not for an event loop. Idempotent."""
+        with self._starting:
+            if not self.started:
+                self._thread.start()
 
     @contextmanager
     def follow(self, ticket: KvTicket, ended: Ended) -> Iterator[None]:
-        """Renews the ticket's lease while the context lasts. `ended` may be called until then, and a moment longer."""
+        """Renews the ticket's lease while the context lasts, once the thread is started. `ended` may be called until then, and a
+        moment longer."""
         follower = _Follower(ticket.ticket_id, ticket.epoch, ended)
         with self._lock:
             self._followers.add(follower)
             gone = self.gone
-            if self._thread.ident is None:
-                self._thread.start()
         if gone:
-            ended(StalledPullError("the producer is lost"))
+            ended(self._loss())
         try:
             yield
         finally:
@@ -147,10 +158,13 @@ class Lifeline:
     def _lose(self, why: str) -> None:
         logger.warning("producer %s is lost: %s", self._producer_id[:8], why)
         with self._lock:
-            self.gone = True
+            self.gone, self._why = True, why
             followers = list(self._followers)
         for follower in followers:
-            follower.ended(StalledPullError(f"the producer is lost: {why}"))
+            follower.ended(self._loss())
+
+    def _loss(self) -> StalledPullError:
+        return StalledPullError(f"the producer is lost: {self._why}")
 
     def _hang_up(self) -> None:
         if self._socket is not None:

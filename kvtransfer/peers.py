@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,7 +36,7 @@ Lifelines = Callable[[HeartbeatPort, str], Lifeline]
 class Peer:
     """One producer process: a gRPC channel, and its mapped pool and KV connections once they are used."""
 
-    def __init__(self, producer_id: str, channel: grpc.aio.Channel, lifelines: Lifelines) -> None:
+    def __init__(self, producer_id: str, channel: grpc.aio.Channel, lifelines: Lifelines, threads: Executor) -> None:
         self.producer_id = producer_id
         self.control = ControlClient(channel)
         self.num_users = 0
@@ -51,6 +52,7 @@ class Peer:
         """Makes its NCCL link; that is tried once."""
         self._connections: Connections | None = None
         self._lifelines = lifelines
+        self._threads = threads
         self._lifeline: Lifeline | None = None
 
     @asynccontextmanager
@@ -72,10 +74,13 @@ class Peer:
         def end_soon(error: StalledPullError | TandemError) -> None:
             loop.call_soon_threadsafe(end, error)
 
+        line = self._line(ticket.heartbeat)
+        if not line.started:
+            await loop.run_in_executor(self._threads, line.start)
         following = True
         try:
             async with asyncio.timeout(None) as limit:
-                with self._line(ticket.heartbeat).follow(ticket, end_soon):
+                with line.follow(ticket, end_soon):
                     yield
         except TimeoutError as error:
             if endings:
@@ -145,9 +150,10 @@ class Peers:
     to have ended: otherwise a dead producer's pool would stay in memory for as long as it is mapped.
     """
 
-    def __init__(self, channels: Callable[[str], grpc.aio.Channel], lifelines: Lifelines) -> None:
+    def __init__(self, channels: Callable[[str], grpc.aio.Channel], lifelines: Lifelines, threads: Executor) -> None:
         self._channels = channels
         self._lifelines = lifelines
+        self._threads = threads
         self._peers: dict[str, Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -219,7 +225,9 @@ class Peers:
         peer = self._peers.get(ticket.address)
         if peer is None or peer.producer_id != ticket.producer_id:
             self._drop_gone(ticket.address)
-            peer = self._peers[ticket.address] = Peer(ticket.producer_id, self._channels(ticket.address), self._lifelines)
+            peer = self._peers[ticket.address] = Peer(
+                ticket.producer_id, self._channels(ticket.address), self._lifelines, self._threads
+            )
         return peer
 
     def _drop_gone(self, address: str) -> None:

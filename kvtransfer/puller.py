@@ -67,12 +67,12 @@ class KvPuller:
         self._tokenizer_digest = tokenizer_digest
         self._blocks = make_blocks(pool)
         self._stage = stage_of(self._blocks)
-        self._peers = Peers(channels, lifelines)
+        self._threads = WatchedThreads(THREADS, "kv-pull")
+        self._peers = Peers(channels, lifelines, self._threads)
         self._clock = clock
         self._tally = PullTally()
         self._pulled = PulledTickets(clock)
         self._chooser = Chooser(check_names(transports), pool, self._blocks, self._peers)
-        self._threads = WatchedThreads(THREADS, "kv-pull")
         self._warming = self._blocks.warm_up(self._threads, THREADS)
 
     async def start(self) -> None:

@@ -82,7 +82,9 @@ class Transfer:
     def lifeline_of(self, ticket: KvTicket) -> Lifeline:
         with self.puller._peers.using(ticket) as peer:
             assert ticket.heartbeat is not None
-            return peer._line(ticket.heartbeat)
+            line = peer._line(ticket.heartbeat)
+        line.start()
+        return line
 
     def num_readers(self, ticket: KvTicket) -> int:
         entry = self.producer._ledger.get(ticket.ticket_id)

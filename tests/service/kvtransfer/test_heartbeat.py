@@ -76,6 +76,7 @@ def server(pulse: CountingPulse) -> Iterator[tuple[HeartServer, HeartbeatPort]]:
 @contextmanager
 def line(port: HeartbeatPort, producer_id: str = "producer") -> Iterator[Lifeline]:
     it = Lifeline(port, producer_id)
+    it.start()
     try:
         yield it
     finally:
