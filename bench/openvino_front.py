@@ -111,11 +111,17 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing a request."""
 
 
+class Front(ThreadingHTTPServer):
+    """Keeps what connects during a step, in which no other thread gets on; beyond the queue the kernel resets connections."""
+
+    request_queue_size = 128
+
+
 def main() -> None:
     model, port, threads, slots = sys.argv[1], *map(int, sys.argv[2:])
     Handler.engine = Engine(model, threads, slots)
     threading.Thread(target=Handler.engine.run, daemon=True).start()
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    Front(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":
