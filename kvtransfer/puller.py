@@ -207,7 +207,7 @@ class KvPuller:
     def _copy(self, peer: Peer) -> mapped.Copy:
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"
-            return partial(self._blocks.fetch, peer.mapping.bytes)
+            return partial(peer.mapping.read, self._blocks.fetch, self._layout.block_bytes)
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
         return partial(self._blocks.fetch, peer.memory.tensor)
 
