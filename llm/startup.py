@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from llm.config import ModelConfig
 from llm.device import is_gpu
-from llm.format_choice import settle_format
+from llm.format_choice import Role, settle_format
 from llm.kv.allocator import BlockAllocator
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
@@ -19,6 +20,10 @@ logger = logging.getLogger(__name__)
 _MIB = 1 << 20
 _CPU_STEP_TOKENS = 512
 """Where a CPU's prefill rate stops growing; see docs/performance.md."""
+_LARGEST_POOL_BYTES = 1024 * _MIB
+"""Of a CPU's worker whose settings do not say."""
+_LEAST_PROMPTS = 2
+"""Prompts of the model's whole context for which a prefill worker has room, if that takes no larger pool."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,11 @@ def load_model(files: ModelFiles, runner_settings: RunnerSettings, kv: KvSetting
     runner = ModelRunner.load(files, runner_settings, progress)
     config = runner.config
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, kv.block_tokens, runner.kv_dtype)
-    count, step_tokens, report = num_blocks(layout, kv), _CPU_STEP_TOKENS, progress
+    count, step_tokens, report = (
+        num_blocks(layout, kv, host_pool_bytes(layout, runner_settings.role, config)),
+        _CPU_STEP_TOKENS,
+        progress,
+    )
     if is_gpu(runner_settings.device):
         count, step_tokens = _measure(runner, layout, kv, _part(progress, 0.0))
         report = _part(progress, 0.5)
@@ -58,8 +67,7 @@ def _measure(runner: ModelRunner, layout: KvLayout, kv: KvSettings, progress: Pr
     assert isinstance(runner, GpuModelRunner), "a GPU needs its own runner"
     runner.adopt_thread()
     measured = measure(runner, layout, kv.gpu_memory_fraction, progress)
-    fixed = kv.kv_blocks > 0 or kv.kv_memory_mib > 0
-    count = num_blocks(layout, kv) if fixed else max(1, measured.pool_bytes // layout.block_bytes)
+    count = num_blocks(layout, kv, measured.pool_bytes)
     size_gib = count * layout.block_bytes / (1 << 30)
     logger.info("measured: %d KV blocks (%.1f GiB); prefill steps of %d tokens at most", count, size_gib, measured.step_tokens)
     return count, measured.step_tokens
@@ -70,9 +78,17 @@ def _part(progress: Progress | None, begin: float) -> Progress:
     return lambda fraction, text: None if progress is None else progress(begin + fraction / 2, text)
 
 
-def num_blocks(layout: KvLayout, kv: KvSettings) -> int:
-    """Blocks for the settings; on a CPU the pool's pages are taken from the system only as they are first written."""
-    if kv.kv_blocks > 0:
-        return kv.kv_blocks
-    memory_bytes = kv.kv_memory_mib * _MIB or min(psutil.virtual_memory().total // 8, 1024 * _MIB)
-    return max(1, memory_bytes // layout.block_bytes)
+def host_pool_bytes(layout: KvLayout, role: Role, config: ModelConfig) -> int:
+    """Of a CPU worker's pool if its settings do not say; pages are taken from the system only as they are first written.
+
+    A prefill worker gets half: its blocks are passed on, and what finished prompts leave for later ones would fill any pool.
+    """
+    most = min(int(psutil.virtual_memory().total) // 8, _LARGEST_POOL_BYTES)
+    if role == "decode":
+        return most
+    return min(most, max(_LARGEST_POOL_BYTES // 2, _LEAST_PROMPTS * layout.blocks_for(config.context_tokens) * layout.block_bytes))
+
+
+def num_blocks(layout: KvLayout, kv: KvSettings, default_bytes: int) -> int:
+    """Blocks for the settings, or as many as `default_bytes` hold."""
+    return kv.kv_blocks or max(1, (kv.kv_memory_mib * _MIB or default_bytes) // layout.block_bytes)

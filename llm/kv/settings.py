@@ -11,7 +11,8 @@ class KvSettings:
     kv_memory_mib: int = field(
         default=0,
         metadata={
-            "help": "memory for the KV pool in MiB; 0: on a CPU an eighth of the machine's memory, at most 1024; on a GPU the rest"
+            "help": "memory for the KV pool in MiB; 0: on a CPU an eighth of the machine's memory, at most 1024, and 512 for"
+            " prefill if that holds two prompts of the model's whole context; on a GPU the rest"
         },
     )
     gpu_memory_fraction: float = field(
