@@ -20,7 +20,7 @@ from llm.ops.gpu.draw import DrawParameters, draw
 from llm.ops.gpu.rms_norm import add_rms_norm
 from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
 from llm.ops.gpu.silu_mul import silu_mul
-from llm.ops.gpu.skinny_linear import Around, Tile, skinny_linear
+from llm.ops.gpu.skinny_linear import Around, Tile, linear_parts, skinny_linear
 from prefill_svc.kernels.chunk_attention import ChunkAttention, Shape
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 14336, 128_256, 32, 8, 128, 16
@@ -84,6 +84,10 @@ def _elementwise() -> Iterator[Case]:
         narrow = weight.bfloat16()
         plain = [partial(_torch_add_rms_norm, x, delta, narrow) for x, delta in pairs]
         yield Case(f"add_rms_norm {rows}", [partial(add_rms_norm, x, d, weight, 1e-5) for x, d in pairs], num_bytes, 0, plain)
+        parts = [torch.randn(2, rows, HIDDEN, device="cuda") for _ in pairs] if rows == 64 else []
+        if parts:
+            calls = [partial(add_rms_norm, x, part, weight, 1e-5) for (x, _), part in zip(pairs, parts, strict=True)]
+            yield Case(f"add_rms_norm {rows}, two parts", calls, rows * HIDDEN * 14)
         wide = [_random(rows, 2 * FFN) for _ in range(_copies(rows * FFN * 6))]
         yield Case(
             f"silu_mul {rows}", [partial(silu_mul, x) for x in wide], rows * FFN * 6, 0, [partial(_torch_silu, x) for x in wide]
@@ -124,17 +128,22 @@ def _skinny(tunes: bool) -> Iterator[Case]:
             torch_calls: list[Call] = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
             tiles: list[Tile | None] = [None, *((VECTOR_TILES if rows == 1 else SKINNY_TILES) if tunes else [])]
             for tile in tiles:
-                around = _around(name, rows)
                 label = f"skinny {name} {rows}" + ("" if tile is None else f" {_show(tile)}")
-                calls: list[Call] = [partial(skinny_linear, x, weight, around, tile) for weight in weights]
+                product = _product(name, rows, tile)
+                calls: list[Call] = [partial(product, x, weight) for weight in weights]
                 yield Case(label, calls, num_bytes, 0, torch_calls if tile is None else None)
 
 
-def _around(name: str, rows: int) -> Around:
-    """As in llm.gpu.few_rows; torch's product beside it does without."""
+def _product(name: str, rows: int, tile: Tile | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """As in llm.gpu.few_rows; torch's product beside it does without what is folded in."""
+    around = Around(
+        norm=torch.rand(HIDDEN, device="cuda") if rows == 1 else None, silu_mul=name == "gate_up", float32=name == "head"
+    )
     if name in ("output", "down"):
-        return Around(residual=torch.zeros(rows, HIDDEN, dtype=torch.bfloat16, device="cuda"))
-    return Around(norm=torch.rand(HIDDEN, device="cuda"), silu_mul=name == "gate_up", float32=name == "head")
+        if rows > 1:
+            return partial(linear_parts, tile=tile)
+        around = Around(residual=torch.zeros(rows, HIDDEN, dtype=torch.bfloat16, device="cuda"))
+    return partial(skinny_linear, around=around, tile=tile)
 
 
 def _show(tile: Tile) -> str:

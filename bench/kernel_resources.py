@@ -35,6 +35,7 @@ _TYPES = {
     "keys_ptr": "*i64", "data_ptr": "*i64", "sums_ptr": "*i64", "scale": "fp32", "eps": "fp32",
 }  # fmt: skip
 """By parameter name; other pointers are to int32, other numbers int32."""
+_ALIGNED = ("width", "height", "span", "words")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def builds() -> Iterator[Build]:
     """The shapes in use on Llama-3.1-8B, and candidates beside them."""
     yield from _attention()
     yield from _products()
-    yield Build("add_rms_norm", rms_norm._rms_norm_kernel, {"ADDS": True, "BLOCK": 4096}, 8, {"weight_ptr": "*fp32"})
+    types = {"weight_ptr": "*fp32", "delta_ptr": "*fp32"}
+    yield Build("add_rms_norm, two parts", rms_norm._rms_norm_kernel, {"ADDS": 2, "BLOCK": 4096}, 8, types)
     yield Build("head_norm", rms_norm._head_norm_kernel, {"HEAD_DIM": 128, "BLOCK": 128}, 1)
     yield Build("silu_mul", silu_mul._silu_mul_kernel, {"BLOCK": 2048}, 4)
     yield Build("embed", embed._embed_kernel, {"BLOCK": 2048}, 4)
@@ -105,16 +107,20 @@ def _attention() -> Iterator[Build]:
 
 
 def _products() -> Iterator[Build]:
-    flags = {"BIAS": False, "EVEN": True, "ROWS": 16}
-    kinds = {"norm, silu": (True, False, True), "norm": (True, False, False), "residual": (False, True, False)}
-    for name, (norms, adds, silu) in kinds.items():
-        constants = flags | {"NORMS": norms, "ADDS": adds, "SILU": silu}
-        for rows, height, kernel in ((1, 4096, skinny_linear._vector_kernel), (16, 4096, skinny_linear._skinny_kernel)):
-            if norms and rows > 1:
-                constants = constants | {"NORMS": False}
-            tile = skinny_linear.choose_tile(rows, 4096, height)
-            sizes = {"OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
-            yield Build(f"skinny {rows} rows, {name}", kernel, constants | sizes, tile.num_warps)
+    """As in llm.gpu.few_rows."""
+    one = {"norm": (4096, 6144), "residual": (14336, 4096), "norm, silu": (4096, 14336), "norm, float32": (4096, 128_256)}
+    several = {"plain": (4096, 6144), "parts": (14336, 4096), "silu": (4096, 14336), "float32": (4096, 128_256)}
+    for rows, kernel, kinds in (
+        (1, skinny_linear._vector_kernel, one),
+        (16, skinny_linear._skinny_kernel, several),
+        (64, skinny_linear._skinny_kernel, several),
+    ):
+        for name, (width, height) in kinds.items():
+            tile = skinny_linear.choose_tile(rows, width, height, silu_mul="silu" in name)
+            flags = {"NORMS": "norm" in name, "ADDS": name == "residual", "SILU": "silu" in name, "BIAS": False, "EVEN": True}
+            sizes = {"ROWS": max(16, rows), "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
+            types = {"out_ptr": "*fp32"} if name == "parts" or "float32" in name else {}
+            yield Build(f"skinny {rows} rows, {name}", kernel, flags | sizes, tile.num_warps, types)
 
 
 def examine(build: Build) -> Resources:
@@ -122,7 +128,7 @@ def examine(build: Build) -> Resources:
     build = _as_launched(build)
     names = build.kernel.arg_names
     types = {name: _type_of(name, build) for name in names}
-    aligned = [name for name in names if types[name].startswith("*") or name in ("width", "height", "words") or "stride" in name]
+    aligned = [name for name in names if types[name].startswith("*") or name in _ALIGNED or "stride" in name]
     source = ASTSource(
         fn=build.kernel,
         signature=types,

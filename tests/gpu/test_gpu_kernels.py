@@ -53,18 +53,42 @@ def test_decode_attention_repeats_itself_exactly(device):
         assert torch.equal(attention(case.qkv, case.tiles, case.pool, 0), first)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 33, 64])
+SKINNY = [(1, "norm"), (1, "residual"), (1, "norm and silu_mul")] + [
+    (rows, folded) for rows in (1, 2, 3, 8, 16, 24, 33, 64) for folded in ("plain", "bias", "silu_mul", "float32")
+]
+
+
+@pytest.mark.parametrize(("rows", "folded"), SKINNY)
 @pytest.mark.parametrize(("width", "height"), [(4096, 6144), (14336, 4096), (576, 960), (4096, 128_256)])
-@pytest.mark.parametrize("folded", ["plain", "norm", "residual", "silu_mul"])
 def test_skinny_linear(device, rows, width, height, folded):
     x, weight = torch.randn(rows, width, device=device).bfloat16(), torch.randn(height, width, device=device).bfloat16() / 64
     around = skinny.Around(
-        norm=torch.rand(width, device=device) if folded in ("norm", "silu_mul") else None,
+        norm=torch.rand(width, device=device) if "norm" in folded else None,
+        bias=torch.rand(height, device=device).bfloat16() if folded == "bias" else None,
         residual=torch.randn(rows, height, device=device).bfloat16() if folded == "residual" else None,
-        silu_mul=folded == "silu_mul",
+        silu_mul="silu_mul" in folded,
+        float32=folded == "float32",
     )
     expected = skinny.skinny_linear_reference(x, weight, around)
     assert relative_error(skinny.skinny_linear(x, weight, around), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [2, 16, 24, 33, 64])
+@pytest.mark.parametrize(("width", "height"), [(4096, 4096), (14336, 4096), (576, 960), (4864, 896)])
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_parts_of_a_product(device, rows, width, height, splits):
+    x, weight = torch.randn(rows, width, device=device).bfloat16(), torch.randn(height, width, device=device).bfloat16() / 64
+    parts = skinny.linear_parts(x, weight, splits)
+    assert relative_error(parts.sum(dim=0), skinny.skinny_linear_reference(x, weight, skinny.Around())) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_products_in_float32(device, rows):
+    """Fit the shared memory too."""
+    x, weight = torch.randn(rows, 4096, device=device), torch.randn(6144, 4096, device=device) / 64
+    for around in (skinny.Around(), skinny.Around(silu_mul=True)):
+        assert relative_error(skinny.skinny_linear(x, weight, around), skinny.skinny_linear_reference(x, weight, around)) < 1e-4
+    assert relative_error(skinny.linear_parts(x, weight).sum(dim=0), x.double() @ weight.double().T) < 1e-4
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 4096), (513, 4096), (8, 8192), (3, 576)])
@@ -76,5 +100,10 @@ def test_elementwise(device, rows, width):
     out = norms.add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(x, total)
     assert relative_error(out, norm_reference.rms_norm(total.double(), weight.double(), 1e-5)) < 5e-3
+    parts = torch.randn(4, rows, width, device=device)
+    total = x.double() + parts.double().sum(dim=0)
+    out = norms.add_rms_norm(x, parts, weight, 1e-5)
+    assert relative_error(x, total) < 5e-3
+    assert relative_error(out, norm_reference.rms_norm(total, weight.double(), 1e-5)) < 5e-3
     gate_up = torch.randn(rows, 2 * width, device=device).bfloat16()
     assert relative_error(silu.silu_mul(gate_up), silu_reference.silu_mul(gate_up.double())) < 5e-3

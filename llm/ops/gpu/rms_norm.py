@@ -24,10 +24,12 @@ def _rms_norm_kernel(
     delta_stride,
     width,
     eps,
+    part_stride,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """ADDS: how many parts delta has."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -35,8 +37,10 @@ def _rms_norm_kernel(
     wait_for_inputs(EARLY)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if ADDS:
-        delta = tl.load(delta_ptr + row * delta_stride + columns, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        delta = tl.load(delta_ptr + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, ADDS):
+            delta += tl.load(delta_ptr + part * part_stride + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + row * x_stride + columns, x, mask=inside)
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
@@ -75,7 +79,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x += delta in place, then rms_norm(x): [n, d], [n, d], [d] -> [n, d]."""
+    """x += delta in place, then rms_norm(x): [n, d], [n, d] or its parts [s, n, d], [d] -> [n, d]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, delta, weight, eps, out)
     return out
@@ -114,10 +118,11 @@ def _launch(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, e
         weight,
         out,
         x.stride(0),
-        other.stride(0),
+        other.stride(-2),
         width,
         eps,
-        ADDS=delta is not None,
+        other.stride(0),
+        ADDS=0 if delta is None else 1 if delta.dim() == 2 else delta.shape[0],
         BLOCK=block,
         num_warps=warps,
         **dependent_launch(),

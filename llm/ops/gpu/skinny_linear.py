@@ -2,29 +2,34 @@
 # ruff: noqa: PLR0917
 """y = x W^T for few rows of x, with what stands before and after it in a decoder layer folded in.
 
-Before: RMSNorm of x; for a single row as a factor of the sums (they run over x * norm weight, and x^2 is summed beside them), else
-in a launch of its own. After: a bias; a residual that the result is added to; or SiLU(gate) * up, for a W whose first half is gate.
-With few rows the time is that of reading W once, so W takes the wide side of the matrix unit: y^T = W x^T.
+With few rows the time is that of reading W once. For a single row RMSNorm of x is a factor of the sums (they run over x * norm
+weight, and x^2 is summed beside them), and the result is added to the residual. For several rows W takes the wide side of the
+matrix unit, y^T = W x^T, and each program reads all of x that belongs to its inputs: with 64 outputs a program that costs a quarter
+of what W does for 16 rows; with 16 outputs, as much. Where tiles so wide leave multiprocessors idle, several programs share the
+inputs of an output (`linear_parts`), and the norm behind, which reads the result anyway, adds up their sums.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
-from llm.ops.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
 """More rows than this belong to the library's matrix product."""
+_MULTIPROCESSORS = 132
+"""Of an H100 and an H200."""
+_MOST_SPLITS = 4
+"""Each part is written and read once more, in float32."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut: outputs and inputs a program takes at a time, warps, and loads in flight."""
+    """How the work is cut: outputs and inputs (half as many in float32) a program takes at a time, warps, and loads in flight."""
 
     outputs: int
     inputs: int
@@ -37,12 +42,12 @@ class Around:
     """What is computed with it. At most one of `residual` and `silu_mul`."""
 
     norm: torch.Tensor | None = None
-    """[d] weight of an RMSNorm that x passes first."""
+    """[d] weight of an RMSNorm that x, a single row, passes first."""
     eps: float = 1e-5
     bias: torch.Tensor | None = None
     """[outputs]"""
     residual: torch.Tensor | None = None
-    """[n, outputs], the result is added to it in place."""
+    """[1, outputs], the result is added to it in place: a single row's."""
     silu_mul: bool = False
     float32: bool = False
     """Results in float32 whatever x's type is (logits)."""
@@ -50,22 +55,27 @@ class Around:
 
 @triton.jit
 def _skinny_kernel(
-    x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
+    x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, span, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """NORMS is for _vector_kernel: here it would cost each program more instructions than the product itself."""
-    tl.static_assert(not NORMS)
+    """Programs of the third axis take `span` inputs each, and leave their sums in parts of `out`.
+
+    NORMS and ADDS are for _vector_kernel: here a norm would cost each program more instructions than the product itself.
+    """
+    tl.static_assert(not NORMS and not ADDS)
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
     values = x_ptr + rows[None, :] * x_stride + inputs[:, None]
+    begin = tl.program_id(2) * span
+    end = tl.minimum(begin + span, width)
     wait_for_inputs(EARLY)
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     second = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
-    for start in tl.range(0, width, INPUTS, num_stages=STAGES):
+    for start in tl.range(begin, end, INPUTS, num_stages=STAGES):
         if EVEN:
             weight = tl.load(weights + start)
             x = tl.load(values + start, mask=(rows < num_rows)[None, :], other=0.0)
@@ -84,10 +94,8 @@ def _skinny_kernel(
         total += tl.load(bias_ptr + outputs, mask=outputs < height, other=0.0).to(tl.float32)[:, None]
     if SILU:
         total = total / (1.0 + tl.exp(-total)) * second
-    place = out_ptr + rows.to(tl.int64)[None, :] * height + outputs[:, None]
+    place = out_ptr + (tl.program_id(2) * num_rows + rows).to(tl.int64)[None, :] * height + outputs[:, None]
     inside = (rows < num_rows)[None, :] & (outputs < height)[:, None]
-    if ADDS:
-        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -108,12 +116,12 @@ def _take_in(
 
 @triton.jit
 def _vector_kernel(
-    x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, x_stride, eps,
+    x_ptr, weight_ptr, norm_ptr, bias_ptr, out_ptr, num_rows, width, height, span, x_stride, eps,
     NORMS: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The same for one row, without the matrix unit: W goes straight to registers, 16 bytes a thread."""
+    """The same for one row, without the matrix unit: W goes straight to registers, 16 bytes a thread. `span` is all of `width`."""
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inputs = tl.arange(0, INPUTS)
     weights = weight_ptr + tl.minimum(outputs, height - 1).to(tl.int64)[:, None] * width + inputs[None, :]
@@ -154,11 +162,23 @@ def _vector_kernel(
     tl.store(out_ptr + outputs, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def choose_tile(rows: int, width: int, height: int) -> Tile:
-    """Few outputs a program, so that multiprocessors have about equal shares of them; measured on an H100 with bench.kernels."""
+def choose_tile(rows: int, width: int, height: int, *, silu_mul: bool = False) -> Tile:
+    """Measured within whole decode steps of Llama-3.1-8B on an H200; on an H100 only product by product, with bench.kernels.
+
+    One row: few outputs a program, so that multiprocessors have about equal shares, unless there are very many (the head).
+    Several: the most loads in flight that gain something; with SiLU twice as much is in flight, and a fifth would not fit.
+    """
     if rows == 1:
+        if height > 65_536:
+            return Tile(16, 256, num_warps=4, num_stages=3)
         return Tile(2, 2048, num_warps=4, num_stages=2) if width > 8192 else Tile(4, 1024, num_warps=4, num_stages=2)
-    return Tile(64, 128, num_warps=4, num_stages=4) if height > 4096 else Tile(16, 256, num_warps=4, num_stages=4)
+    return Tile(64, 128, num_warps=4, num_stages=4 if silu_mul or max(width, height) > 8192 else 5)
+
+
+def choose_splits(height: int, tile: Tile) -> int:
+    """Programs that share the inputs of an output, a power of two: as many as still run at the same time."""
+    programs = -(-height // tile.outputs)
+    return min(_MOST_SPLITS, 1 << max(0, (_MULTIPROCESSORS // programs).bit_length() - 1))
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None = None, tile: Tile | None = None) -> torch.Tensor:
@@ -168,26 +188,40 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     """
     around = around or Around()
     rows, width = x.shape
-    if around.norm is not None and rows > 1:
-        x, around = rms_norm(x, around.norm, around.eps), replace(around, norm=None)
     height = weight.shape[0] // (2 if around.silu_mul else 1)
     out = around.residual
     if out is None:
         out = torch.empty(rows, height, dtype=torch.float32 if around.float32 else x.dtype, device=x.device)
+    _launch(x, weight, around, tile or choose_tile(rows, width, height, silu_mul=around.silu_mul), out)
+    return out
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, splits: int | None = None, tile: Tile | None = None) -> torch.Tensor:
+    """x W^T of several rows as float32 parts [splits, n, outputs] that are yet to be added up, see rms_norm.add_rms_norm."""
+    (rows, width), height = x.shape, weight.shape[0]
     tile = tile or choose_tile(rows, width, height)
-    inputs = min(tile.inputs, max(16, triton.next_power_of_2(width)))
+    parts = torch.empty(splits or choose_splits(height, tile), rows, height, dtype=torch.float32, device=x.device)
+    _launch(x, weight, Around(), tile, parts)
+    return parts
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, around: Around, tile: Tile, out: torch.Tensor) -> None:
+    """`out` [n, outputs], or in parts [splits, n, outputs]."""
+    (rows, width), height = x.shape, out.shape[-1]
+    splits = 1 if out.dim() == 2 else out.shape[0]
+    inputs = min(tile.inputs * 2 // x.element_size(), max(16, triton.next_power_of_2(width)))
     padded = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
-    kernel = _vector_kernel if rows == 1 else _skinny_kernel
+    span = triton.cdiv(triton.cdiv(width, splits), inputs) * inputs
+    kernel = _vector_kernel if rows == 1 and splits == 1 else _skinny_kernel
     unused = weight
     if rows:
-        kernel[(triton.cdiv(height, tile.outputs), triton.cdiv(rows, padded))](
+        kernel[(triton.cdiv(height, tile.outputs), triton.cdiv(rows, padded), splits)](
             x, weight, unused if around.norm is None else around.norm, unused if around.bias is None else around.bias, out,
-            rows, width, height, x.stride(0), around.eps,
+            rows, width, height, span, x.stride(0), around.eps,
             NORMS=around.norm is not None, BIAS=around.bias is not None, ADDS=around.residual is not None, SILU=around.silu_mul,
             EVEN=width % inputs == 0, ROWS=padded, OUTPUTS=tile.outputs, INPUTS=inputs, STAGES=tile.num_stages,
             num_warps=tile.num_warps, **dependent_launch(),
         )  # fmt: skip
-    return out
 
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor, around: Around) -> torch.Tensor:

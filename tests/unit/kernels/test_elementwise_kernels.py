@@ -32,6 +32,15 @@ def test_add_rms_norm_adds_in_place(device, rows, width):
     assert relative_error(out, norm_reference.rms_norm(expected_x, weight.double(), 1e-6)) < 1e-5
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_add_rms_norm_adds_all_parts(device, splits):
+    x, parts, weight = (torch.randn(*shape, device=device) for shape in ((4, 300), (splits, 4, 300), (300,)))
+    expected_x = x.double() + parts.double().sum(dim=0)
+    out = norms.add_rms_norm(x, parts, weight, 1e-6)
+    assert relative_error(x, expected_x) < 1e-6
+    assert relative_error(out, norm_reference.rms_norm(expected_x, weight.double(), 1e-6)) < 1e-5
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 80)])
 def test_head_norm_leaves_values_alone(device, heads, kv_heads, head_dim):
     qkv = torch.randn(3, (heads + 2 * kv_heads) * head_dim, device=device)

@@ -92,10 +92,23 @@ LATER = [SequenceSlice([40, 41], 16, [5, 2], "all"), SequenceSlice([30], 3, [0])
 @pytest.mark.parametrize("config", ["llama", "with Qwen's biases and head norms"], indirect=True)
 @pytest.mark.parametrize("attention", [chunks.ChunkAttention(chunks.Shape(16, 16, 4)), paged.PagedAttention()], ids=type)
 def test_chunks_then_tokens_give_the_reference_logits(config, tensors, reference, device, attention):
-    """The first call has too many rows for the kernels of few rows, the second has few."""
+    """The second call goes on from the K and V that the first wrote."""
     runner = make_runner(config, tensors, device, attention)
     for slices in (PROMPTS, LATER):
         assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [(config, tokens) for config in ("llama of one layer", "with Qwen's biases and head norms") for tokens in (1, 5, 20)]
+    + [("llama of one layer", 33), ("llama of one layer", 65)],
+    indirect=["config"],
+)
+def test_any_number_of_rows_gives_the_reference_logits(config, tensors, reference, device, tokens):
+    """One row, several, those for which the library takes part, the most, and too many for the kernels of few rows."""
+    runner = make_runner(config, tensors, device, paged.PagedAttention())
+    slices = [SequenceSlice(list(range(tokens)), 0, [5, 2, 0, 7, 1])]
+    assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)

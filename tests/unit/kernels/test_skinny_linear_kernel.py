@@ -6,10 +6,10 @@ import torch
 from tests.fakes.paged_batches import relative_error
 
 skinny = pytest.importorskip("llm.ops.gpu.skinny_linear")
-few_rows = pytest.importorskip("llm.gpu.few_rows")
 Around, Tile = skinny.Around, skinny.Tile
 
 FOLDED = ["plain", "norm", "bias", "residual", "silu_mul", "norm and silu_mul"]
+LLAMA_8B = {"qkv": (4096, 6144), "output": (4096, 4096), "down": (14_336, 4096), "head": (4096, 128_256)}
 
 
 def make_around(name, width, height, rows, device):
@@ -21,8 +21,8 @@ def make_around(name, width, height, rows, device):
     )
 
 
-@pytest.mark.parametrize("folded", FOLDED)
-@pytest.mark.parametrize(("rows", "width", "height"), [(1, 200, 70), (3, 96, 40), (17, 64, 32)])
+@pytest.mark.parametrize(("folded", "rows"), [(name, 1) for name in FOLDED] + [(name, 3) for name in ("plain", "bias", "silu_mul")])
+@pytest.mark.parametrize(("width", "height"), [(200, 70), (96, 40), (64, 32)])
 def test_is_the_reference(device, folded, rows, width, height):
     x, weight = torch.randn(rows, width, device=device), torch.randn(height, width, device=device)
     around = make_around(folded, width, height, rows, device)
@@ -33,6 +33,23 @@ def test_is_the_reference(device, folded, rows, width, height):
     assert (out is around.residual) == (folded == "residual")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "splits"), [((2, 96, 40), 2), ((3, 200, 70), 3), ((17, 64, 32), 8), ((5, 64, 33), 1)])
+def test_parts_add_up(device, dtype, shape, splits):
+    """Also where the inputs do not divide evenly, and where some parts have none."""
+    rows, width, height = shape
+    x, weight = torch.randn(rows, width, device=device).to(dtype), torch.randn(height, width, device=device).to(dtype)
+    parts = skinny.linear_parts(x, weight, splits, Tile(16, 32))
+    assert parts.shape == (splits, rows, height)
+    assert parts.dtype == torch.float32
+    assert relative_error(parts.sum(dim=0), x.double() @ weight.double().T) < 1e-5
+
+
+@pytest.mark.parametrize(("height", "splits"), [(4096, 2), (2048, 4), (576, 4), (8192, 1), (128_256, 1)])
+def test_inputs_are_shared_where_multiprocessors_would_be_idle(height, splits):
+    assert skinny.choose_splits(height, skinny.choose_tile(16, 4096, height)) == splits
+
+
 @pytest.mark.parametrize("rows", [1, 4, 33])
 def test_half_precision_and_wide_results(device, rows):
     x, weight = torch.randn(rows, 128, device=device).half(), torch.randn(48, 128, device=device).half()
@@ -41,26 +58,11 @@ def test_half_precision_and_wide_results(device, rows):
     assert relative_error(out, x.double() @ weight.double().T) < 1e-3
 
 
-@pytest.mark.parametrize(("rows", "width", "height"), [(1, 4096, 4096), (1, 14_336, 4096), (8, 4096, 4096), (8, 4096, 128_256)])
-def test_every_choice_of_tile_runs(device, rows, width, height):
-    tile = skinny.choose_tile(rows, width, height)
-    x, weight = torch.randn(rows, 64, device=device), torch.randn(100, 64, device=device)
-    assert relative_error(skinny.skinny_linear(x, weight, tile=tile), x.double() @ weight.double().T) < 1e-5
-
-
-@pytest.mark.parametrize("rows", [3, 17])
-@pytest.mark.parametrize("around", ["norm and bias", "residual", "norm and silu", "float32"])
-def test_products_of_a_few_rows_whoever_computes_them(device, rows, around):
-    """Beyond SKINNY_ROWS the library takes some of them."""
-    x, weight = torch.randn(rows, 64, device=device), torch.randn(48, 64, device=device)
-    norm, bias, residual = torch.rand(64, device=device), torch.randn(48, device=device), torch.randn(rows, 48, device=device)
-    given = {
-        "norm and bias": Around(norm=norm, bias=bias),
-        "residual": Around(residual=residual.clone()),
-        "norm and silu": Around(norm=norm, silu_mul=True),
-        "float32": Around(norm=norm, float32=True),
-    }[around]
-    expected = skinny.skinny_linear_reference(x, weight, given)
-    out = few_rows.product(x, weight, given)
-    assert relative_error(out, expected) < 1e-5
-    assert given.residual is None or out is given.residual
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("use", LLAMA_8B)
+def test_every_choice_of_tile_runs(device, rows, use):
+    tile = skinny.choose_tile(rows, *LLAMA_8B[use])
+    x, weight = torch.randn(rows, 300, device=device), torch.randn(100, 300, device=device)
+    expected = x.double() @ weight.double().T
+    assert relative_error(skinny.skinny_linear(x, weight, tile=tile), expected) < 1e-5
+    assert relative_error(skinny.linear_parts(x, weight, tile=tile).sum(dim=0), expected) < 1e-5
