@@ -1,4 +1,4 @@
-"""Where the time of a native CPU step goes: `python -m bench.cpu_step [--weights int4] [--decode 1 16] [--prefill 512]`.
+"""Where the time of a native CPU step goes: `python -m bench.cpu_step [--weights int4] [--kv-dtypes int8] [--decode 1 16] ...`.
 
 Prints the median step, and the first thread's milliseconds of each phase over all layers; its waits for other threads count with
 the work by rows (norm, rope, prepare). What is left is Python and the library's entry. Nothing else should run.
@@ -7,10 +7,12 @@ the work by rows (norm, rope, prepare). What is left is Python and the library's
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -20,6 +22,8 @@ from bench.options import new_parser
 from llm.batch import SequenceSlice, build_batch
 from llm.config import load_model_config
 from llm.host_model import make_host_model
+from llm.kv.layout import KvDtype, KvLayout, KvWish
+from llm.kv.pool import blocks_in
 from llm.ops.cpu.native.model import NativeModel
 from llm.weight_format import FORMATS, WeightFormat
 from llm.weights import WeightRequest, load_tensors
@@ -27,6 +31,8 @@ from tandem.compute import num_usable_cores
 from tandem.models import DEFAULT_MODEL, cache_directory, resolve_model
 
 _PAGE = 16
+_FILLED_TOGETHER = 16
+"""Blocks, by a prompt."""
 _REPEATS_S = 1.5
 """Each case is repeated this long, three times at least."""
 
@@ -40,6 +46,7 @@ class Steps:
     context: int = 256
     decode: tuple[int, ...] = (1, 16)
     prefill: tuple[int, ...] = (512, 2048)
+    kv_dtype: KvDtype = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,17 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
-    for format in options.weights:
-        steps = Steps(options.model, options.threads, options.context, tuple(options.decode), tuple(options.prefill))
-        _print_table(f"{options.model}, {format} weights, {options.threads} threads", measure_steps(steps, format))
+    for format, kv_dtype in itertools.product(options.weights, options.kv_dtypes):
+        steps = Steps(options.model, options.threads, options.context, tuple(options.decode), tuple(options.prefill), kv_dtype)
+        title = f"{options.model}, {format} weights, {kv_dtype} KV, {options.threads} threads"
+        _print_table(title, measure_steps(steps, format))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("cpu_step", "Times the phases of native steps on a CPU.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, path or hub name")
     parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["int4"], help="weight formats")
+    parser.add_argument("--kv-dtypes", nargs="+", choices=get_args(KvWish)[1:], default=["bfloat16"], help="what KV is kept in")
     parser.add_argument("--threads", type=int, default=num_usable_cores(), help="that compute together")
     parser.add_argument("--decode", nargs="*", type=int, default=[1, 16], help="batch sizes of decode steps")
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence that decodes")
@@ -89,9 +98,15 @@ def _load(steps: Steps, format: WeightFormat) -> tuple[NativeModel, torch.Tensor
     model = make_host_model(config, tensors, steps.threads, cache_directory())
     assert isinstance(model, NativeModel), "there is no native step here"
     num_blocks = max([-(-steps.context // _PAGE) * batch for batch in steps.decode] + [-(-n // _PAGE) for n in steps.prefill])
-    shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, _PAGE, config.head_dim)
-    dtype = torch.float32 if format == "fp32" else torch.bfloat16
-    return model, torch.randn(shape).to(dtype)
+    layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _PAGE, steps.kv_dtype)
+    pool = blocks_in(torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8), layout)
+    for first in range(0, num_blocks, _FILLED_TOGETHER):
+        model.forward(build_batch([_filling(range(first, min(first + _FILLED_TOGETHER, num_blocks)))], _PAGE), pool)
+    return model, pool
+
+
+def _filling(blocks: range) -> SequenceSlice:
+    return SequenceSlice(range(100, 100 + len(blocks) * _PAGE), 0, blocks, "none")
 
 
 def _decode(batch: int, context: int) -> list[SequenceSlice]:

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 import torch
 
 from kvtransfer.producer import KvProducer, ProducerIdentity
 from kvtransfer.puller import KvPuller
 from kvtransfer.service import add_transfer_service
+from llm.kv.layout import KvWish
 from llm.kv.pool import KvPool
 from llm.kv.settings import KvSettings
 from llm.runner import RunnerSettings, SequenceSlice
@@ -56,9 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares logits with and without a KV hand-off, on the CPU.")
     parser.add_argument("--model", default="random:tiny")
     parser.add_argument("--transports", nargs="+", default=["shm", "tcp"])
+    parser.add_argument("--kv-dtype", choices=get_args(KvWish), default="auto")
     arguments = parser.parse_args()
     try:
-        loaded = load(arguments.model)
+        loaded = load(arguments.model, arguments.kv_dtype)
     except (ModelError, ValueError) as error:
         sys.exit(f"the model cannot be loaded: {error}")
     verdicts = asyncio.run(verify(loaded, arguments.transports))
@@ -68,9 +71,9 @@ def main() -> None:
     sys.exit(0 if all(verdict.passed for verdict in verdicts) else 1)
 
 
-def load(model: str) -> LoadedModel:
+def load(model: str, kv_dtype: KvWish = "auto") -> LoadedModel:
     """Raises ModelError, and ValueError for a model that is not served."""
-    settings = RunnerSettings("decode", cache_directory=cache_directory())
+    settings = RunnerSettings("decode", kv_dtype=kv_dtype, cache_directory=cache_directory())
     blocks = KvSettings(kv_blocks=_num_blocks(), block_tokens=BLOCK_TOKENS)
     return load_model(resolve_model(model), settings, blocks)
 

@@ -1,18 +1,18 @@
 """`python -m decode_svc.verify_quality`: what weight formats do to a model's predictions. Lines of JSON on standard output.
 
 Standard input holds the text's tokens as JSON. A format is `int8`, or `int8/int4` for prefill in one and decode in another; each is
-compared with float32 weights and KV, which is what the model's file says.
+compared with float32 weights and KV, which is what the model's file says. KV is in --kv-dtype.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from llm.errors import UnsupportedModelError, WeightsError
-from llm.kv.layout import KvLayout
+from llm.kv.layout import KvLayout, KvWish
 from llm.kv.pool import KvPool
 from llm.quality import Pair, Quality, Tally, blocks_needed, compare, windows_of
 from llm.runner import ModelRunner, RunnerSettings
@@ -38,22 +38,19 @@ class Formats:
 class Runners:
     """Each role and format is loaded once."""
 
-    def __init__(self, files: ModelFiles, threads: int | None) -> None:
-        self._files, self._threads = files, threads
+    def __init__(self, files: ModelFiles, threads: int | None, kv_dtype: KvWish = "auto") -> None:
+        self._files, self._threads, self._kv_dtype = files, threads, kv_dtype
         self._loaded: dict[RunnerSettings, ModelRunner] = {}
 
     def pair(self, formats: Formats, window_tokens: int) -> Pair:
-        return self._pair(
-            RunnerSettings("prefill", weights=formats.prefill, threads=self._threads, cache_directory=cache_directory()),
-            RunnerSettings("decode", weights=formats.decode, threads=self._threads, cache_directory=cache_directory()),
-            window_tokens,
-        )
+        told = RunnerSettings("prefill", kv_dtype=self._kv_dtype, threads=self._threads, cache_directory=cache_directory())
+        decode = replace(told, role="decode", weights=formats.decode)
+        return self._pair(replace(told, weights=formats.prefill), decode, window_tokens)
 
     def exact(self, window_tokens: int) -> Pair:
         """Float32 weights and KV."""
-        prefill = RunnerSettings("prefill", dtype="float32", threads=self._threads, cache_directory=cache_directory())
-        decode = RunnerSettings("decode", dtype="float32", threads=self._threads, cache_directory=cache_directory())
-        return self._pair(prefill, decode, window_tokens)
+        told = RunnerSettings("prefill", dtype="float32", threads=self._threads, cache_directory=cache_directory())
+        return self._pair(told, replace(told, role="decode"), window_tokens)
 
     def _pair(self, prefill: RunnerSettings, decode: RunnerSettings, window_tokens: int) -> Pair:
         runners = [self._runner(settings) for settings in (prefill, decode)]
@@ -72,10 +69,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--weights", type=parse_formats, nargs="+", required=True, metavar="FORMAT[/FORMAT]")
     parser.add_argument("--window", type=int, default=512, help="tokens that are predicted from one beginning")
+    parser.add_argument("--kv-dtype", choices=get_args(KvWish), default="auto", help="what KV is kept in")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        runners = Runners(resolve_model(arguments.model), arguments.threads or None)
+        runners = Runners(resolve_model(arguments.model), arguments.threads or None, arguments.kv_dtype)
         run(runners, arguments.weights, json.load(sys.stdin), arguments.window, say)
     except (ModelError, UnsupportedModelError, WeightsError) as error:
         sys.exit(str(error))

@@ -55,6 +55,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
             device=device,
             dtype=weights.dtype,
             weights=weights.weights,
+            kv_dtype=settings.kv.kv_dtype,
             threads=weights.threads or None,
             gpu=gpu_settings(device, settings.batch_on(device)),
         )

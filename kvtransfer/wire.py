@@ -27,6 +27,7 @@ _DTYPES: dict[KvDtype, kv_pb2.KvDtype] = {
     "float32": kv_pb2.KV_DTYPE_FLOAT32,
     "bfloat16": kv_pb2.KV_DTYPE_BFLOAT16,
     "float16": kv_pb2.KV_DTYPE_FLOAT16,
+    "int8": kv_pb2.KV_DTYPE_INT8,
 }
 _DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}
 

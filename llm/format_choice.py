@@ -59,12 +59,14 @@ def settle_format(files: ModelFiles, settings: RunnerSettings, progress: Progres
     """
     if settings.told_format is not None or settings.device != "cpu":
         return settings
+    kv_dtype = settings.kv_dtype
+    settings = replace(settings, kv_dtype="auto")  # weights are judged by themselves
     directory = settings.cache_directory / "formats"
     directory.mkdir(parents=True, exist_ok=True)
     with lock_file(directory / "choosing.lock", lambda: progress(0.0, "waiting for another worker that chooses its weight format")):
         choice = remembered(_path(files, settings), known_choice, lambda: _choose(files, settings, progress))
     logger.info("%s weights: %s", choice.format, choice.reason)
-    return replace(settings, weights=choice.format, weights_reason=choice.reason)
+    return replace(settings, weights=choice.format, weights_reason=choice.reason, kv_dtype=kv_dtype)
 
 
 def known_choice(known: Mapping[str, Any]) -> FormatChoice:

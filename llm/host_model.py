@@ -15,6 +15,7 @@ from llm.batch import Batch
 from llm.config import ModelConfig
 from llm.cores import usable_cores
 from llm.errors import UnsupportedModelError
+from llm.kv.layout import KvDtype
 from llm.model import Model
 from llm.ops.operations import HostOperations, TorchOperations
 
@@ -49,22 +50,32 @@ class SteppedModel(Model):
             return super().forward(batch, pool)
 
 
-def make_host_model(config: ModelConfig, tensors: Mapping[str, torch.Tensor], threads: int, cache_directory: Path) -> HostModel:
+def make_host_model(
+    config: ModelConfig,
+    tensors: Mapping[str, torch.Tensor],
+    threads: int,
+    cache_directory: Path,
+    kv_dtype: KvDtype = "bfloat16",
+) -> HostModel:
     """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile.
 
-    Raises UnsupportedModelError for packed weights where there is no native step for the model.
+    Raises UnsupportedModelError for packed weights and int8 KV where there is no native step for the model.
     """
+    reason = "it cannot be built here"
     library = native_library(cache_directory)
     if library is not None:
         from llm.ops.cpu.native.model import NativeModel, refusal
         from llm.ops.cpu.native.turns import Turns, shared_path
 
-        reason = refusal(config, tensors)
-        if reason is None:
+        refused = refusal(config, tensors)
+        if refused is None:
             return NativeModel(config, tensors, library, threads, Turns(library, shared_path()))
-        logger.info("the native step does not take this model: %s", reason)
-        if any(name.endswith(".values") for name in tensors):
-            raise UnsupportedModelError(f"packed weights need the native step, which does not take this model: {reason}")
+        reason = f"it does not take this model: {refused}"
+        logger.info("no native step: %s", reason)
+    if any(name.endswith(".values") for name in tensors):
+        raise UnsupportedModelError(f"packed weights need the native step: {reason}; take --weights bf16 or fp32")
+    if kv_dtype == "int8":
+        raise UnsupportedModelError(f"--kv-dtype int8 needs the native step: {reason}; take bfloat16 or float32")
     return SteppedModel(config, tensors, choose_operations(threads))
 
 

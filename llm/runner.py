@@ -15,6 +15,7 @@ from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.settings import GpuSettings
 from llm.host_model import HostModel, SteppedModel, make_host_model, native_library, num_threads
+from llm.kv.layout import KvDtype, KvWish
 from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
 from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
@@ -33,6 +34,7 @@ class RunnerSettings:
     weights: WeightWish = "auto"
     weights_reason: str = "set by --weights"
     """Why those, for people."""
+    kv_dtype: KvWish = "auto"
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
@@ -44,6 +46,13 @@ class RunnerSettings:
     def told_format(self) -> WeightFormat | None:
         """The weight format that was asked for, or settled on; None leaves it to measurement."""
         return told_format(self.weights, self.dtype)
+
+    @property
+    def told_kv_dtype(self) -> KvDtype:
+        """What KV is kept in. Follows what was asked for, nothing that is measured: workers of one suite must agree on it."""
+        if self.kv_dtype != "auto":
+            return self.kv_dtype
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
     @property
     def format_and_reason(self) -> tuple[WeightFormat, str]:
@@ -58,7 +67,7 @@ class Pool(Protocol):
 
     @property
     def tensor(self) -> torch.Tensor:
-        """[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]"""
+        """[num_blocks, *KvLayout.block_shape]"""
         ...
 
 
@@ -71,8 +80,7 @@ class ModelRunner:
         self.weight_format_reason: str
         """Why this format, for people."""
         self.weight_format, self.weight_format_reason = settings.format_and_reason
-        self.kv_dtype: Literal["float32", "bfloat16"] = "float32" if settings.dtype == "float32" else "bfloat16"
-        """Follows the settings, not the measured choice: workers of one suite must agree on it."""
+        self.kv_dtype = settings.told_kv_dtype
         self._model, self._settings, self._progress = model, settings, progress
         self._pool: torch.Tensor | None = None
 
@@ -88,7 +96,9 @@ class ModelRunner:
         torch.set_num_threads(num_threads(settings.threads))
         format, _ = settings.format_and_reason
         if format not in DTYPES:
-            _check_packed(format, settings, report)
+            _check_native(f"--weights {format}", ", ".join(DTYPES), settings, report)
+        if settings.told_kv_dtype == "int8":
+            _check_native("--kv-dtype int8", "bfloat16, float32", settings, report)
         request = WeightRequest(files, config, format, settings.device, settings.cache_directory)
         return cls(_make_model(config, load_tensors(request, report), settings, report), settings, report)
 
@@ -97,8 +107,8 @@ class ModelRunner:
 
     @property
     def device_description(self) -> str:
-        """For people: "cpu (2 threads, native avx2, in turns)"."""
-        return f"cpu ({torch.get_num_threads()} threads, {self._model.description})"
+        """For people: "cpu (2 threads, native avx2, in turns; bfloat16 KV)"."""
+        return f"cpu ({torch.get_num_threads()} threads, {self._model.description}; {self.kv_dtype} KV)"
 
     def report_layers(self, layer_done: Callable[[], None]) -> None:
         """Has `layer_done` called once per layer of each step, on the thread that runs it."""
@@ -142,11 +152,11 @@ def _warm_up_batches(config: ModelConfig, num_blocks: int, block_tokens: int, co
     return [[single] * count for count in counts] + [[chunk] for chunk in chunks]
 
 
-def _check_packed(format: WeightFormat, settings: RunnerSettings, progress: Progress) -> None:
+def _check_native(asked: str, served: str, settings: RunnerSettings, progress: Progress) -> None:
     """Before weights are converted in vain."""
     with _compiling(settings, progress):
         if settings.device != "cpu" or native_library(settings.cache_directory) is None:
-            raise UnsupportedModelError(f"--weights {format}: there are no kernels for it here; served are {', '.join(DTYPES)}")
+            raise UnsupportedModelError(f"{asked}: there are no kernels for it here; served are {served}")
 
 
 def _make_model(
@@ -156,7 +166,8 @@ def _make_model(
         return SteppedModel(config, tensors, TorchOperations())
     with _compiling(settings, progress):
         progress(0.0, "preparing kernels")
-        return make_host_model(config, tensors, num_threads(settings.threads), settings.cache_directory)
+        threads, kv_dtype = num_threads(settings.threads), settings.told_kv_dtype
+        return make_host_model(config, tensors, threads, settings.cache_directory, kv_dtype)
 
 
 def _compiling(settings: RunnerSettings, progress: Progress) -> AbstractContextManager[None]:

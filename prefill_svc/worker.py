@@ -57,6 +57,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
             device=device,
             dtype=weights.dtype,
             weights=weights.weights,
+            kv_dtype=settings.kv.kv_dtype,
             threads=weights.threads or None,
             gpu=gpu_settings(device, settings.max_prompts),
         )

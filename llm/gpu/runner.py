@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class GpuModelRunner(ModelRunner):
         operations = GpuOperations(gpu.attention)
         self.config = config
         self.weight_format, self.weight_format_reason = settings.format_and_reason
-        self.kv_dtype = "float32" if settings.dtype == "float32" else "bfloat16"
+        self.kv_dtype = settings.told_kv_dtype
         self.device = torch.device(settings.device)
         self._stream = _make_stream(self.device)
         self._gpu = gpu
@@ -60,6 +61,8 @@ class GpuModelRunner(ModelRunner):
         format, _ = settings.format_and_reason
         if format not in DTYPES:
             raise UnsupportedModelError(f"--weights {format}: a GPU computes with {' and '.join(DTYPES)}")
+        if settings.told_kv_dtype != replace(settings, kv_dtype="auto").told_kv_dtype:
+            raise UnsupportedModelError(f"--kv-dtype {settings.kv_dtype}: on a GPU KV is kept as --dtype says; take auto")
         tensors = load_tensors(WeightRequest(files, config, format, settings.device, settings.cache_directory), report)
         return cls(config, tensors, settings)
 

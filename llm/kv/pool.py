@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 
@@ -19,7 +20,7 @@ from llm.kv.memory_file import MemoryFile, allocate
 MEMORY_NAME = "tandem-kv"
 """Name of the pool's memory file; seen in /proc only."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 class KvPool:
@@ -39,7 +40,7 @@ class KvPool:
     ) -> None:
         self.layout = layout
         self.tensor = tensor
-        """[num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]"""
+        """[num_blocks, *layout.block_shape]"""
         self.shared = shared
         """None where the memory is not the host's or cannot be shared, or once closed."""
         self.num_blocks: int = tensor.shape[0]
@@ -58,8 +59,8 @@ class KvPool:
         if where.type == "cuda":
             return cls.over(layout, DeviceMemory(num_bytes, where))
         memory, shared = allocate(MEMORY_NAME, num_bytes)
-        tensor = torch.frombuffer(memory, dtype=_DTYPES[layout.dtype])
-        return cls(layout, tensor.view(num_blocks, *layout.block_shape), memory, shared)
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        return cls(layout, blocks_in(tensor, layout), memory, shared)
 
     @classmethod
     def over(cls, layout: KvLayout, device_memory: DeviceMemory) -> KvPool:
@@ -109,5 +110,6 @@ class KvPool:
 
 def blocks_in(memory: torch.Tensor, layout: KvLayout) -> torch.Tensor:
     """A tensor of bytes as one of blocks; a rest that holds no whole block is left out."""
-    num_blocks = memory.numel() // layout.block_bytes
-    return memory[: num_blocks * layout.block_bytes].view(_DTYPES[layout.dtype]).view(num_blocks, *layout.block_shape)
+    num_blocks, items = memory.numel() // layout.block_bytes, math.prod(layout.block_shape)
+    blocks = memory[: num_blocks * layout.block_bytes].view(_DTYPES[layout.dtype]).view(num_blocks, -1)
+    return blocks[:, :items].view(num_blocks, *layout.block_shape)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from llm.kv.layout import KvWish
+
 
 @dataclass(frozen=True)
 class KvSettings:
@@ -18,6 +20,12 @@ class KvSettings:
     gpu_memory_fraction: float = field(
         default=0.9,
         metadata={"help": "share of the GPU's memory for this worker, weights included", "minimum": 0.05, "maximum": 1.0},
+    )
+    kv_dtype: KvWish = field(
+        default="auto",
+        metadata={
+            "help": "what KV is kept in, the same for every worker of a suite; auto: as --dtype says; int8: half the bytes, on CPUs"
+        },
     )
     block_tokens: int = field(default=16, metadata={"help": "tokens of one KV block; the same for every worker of a suite"})
     prefix_cache: bool = field(default=True, metadata={"help": "keep the KV of finished prompts for later ones that begin alike"})

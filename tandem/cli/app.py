@@ -33,6 +33,15 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class KvDtype(StrEnum):
+    """What KV is kept in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Weights(StrEnum):
     """How weights are held and multiplied."""
 
@@ -85,6 +94,10 @@ def up(
     ] = None,
     prefill_weights: Annotated[Weights | None, typer.Option(help="Another weight format for prefill.")] = None,
     decode_weights: Annotated[Weights | None, typer.Option(help="Another weight format for decode.")] = None,
+    kv_dtype: Annotated[
+        KvDtype | None,
+        typer.Option(help="What KV is kept in; int8: half the bytes, on CPUs. Default: TANDEM_KV_DTYPE or auto, as --dtype says."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker. Default: its own choice.")] = None,
     ask: Annotated[list[str] | None, typer.Option(metavar="QUESTION", help="Ask this once it serves; repeatable.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
@@ -105,6 +118,7 @@ def up(
         host=host,
         port=port,
         dtype=_value(dtype),
+        kv_dtype=_value(kv_dtype),
         prefill_weights=_value(prefill_weights or weights),
         decode_weights=_value(decode_weights or weights),
         threads=threads,
@@ -186,11 +200,13 @@ def doctor(
             "--verify-handoff", help="Also compute with and without a hand-off, and compare logits. Default model: random:tiny."
         ),
     ] = False,
+    kv_dtype: Annotated[KvDtype, typer.Option(help="What KV is kept in while a hand-off is verified.")] = KvDtype.auto,
 ) -> None:
     """Say what this machine can do, and what is missing for the rest."""
     from tandem.cli.doctor import run_doctor
 
-    run_doctor(model or DEFAULT_MODEL, port, verify=(model or "random:tiny") if verify_handoff else None)
+    verified = (model or "random:tiny") if verify_handoff else None
+    run_doctor(model or DEFAULT_MODEL, port, verified, kv_dtype.value)
 
 
 def _check_weights(text: str) -> str:
@@ -211,13 +227,14 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text. Default: one that this machine has.")] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Most tokens of it.")] = 4096,
     window: Annotated[int, typer.Option(min=4, help="Tokens of a context; half of them are prompt.")] = 512,
+    kv_dtype: Annotated[KvDtype, typer.Option(help="What KV is kept in; auto: bfloat16.")] = KvDtype.auto,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with. Default: one per core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure what weight formats cost: perplexity and the likeliest tokens, against the model's file in fp32, on the CPU."""
+    """Measure what formats of weights and KV cost on the CPU: perplexity and likeliest tokens, against the model's file in fp32."""
     from tandem.cli.evaluate import EvalOptions, run_eval
 
-    run_eval(EvalOptions(model, tuple(weights.split(",")), text, tokens, window, threads, as_json))
+    run_eval(EvalOptions(model, tuple(weights.split(",")), text, tokens, window, kv_dtype.value, threads, as_json))
 
 
 @app.command()

@@ -48,8 +48,11 @@ class Finding:
 Section = tuple[str, Callable[[], Iterator[Finding]]]
 
 
-def run_doctor(model: str, port: int, verify: str | None = None) -> None:
-    """Print all findings; exit status 1 if something needed is missing. `verify`: the model to try a hand-off with."""
+def run_doctor(model: str, port: int, verify: str | None = None, kv_dtype: str = "auto") -> None:
+    """Print all findings; exit status 1 if something needed is missing.
+
+    `verify`: the model to try a hand-off with, of KV in `kv_dtype`.
+    """
     console, torch = output(), torch_report()
     sections: Sequence[Section] = (
         ("Devices", lambda: _devices(torch)),
@@ -57,7 +60,7 @@ def run_doctor(model: str, port: int, verify: str | None = None) -> None:
         ("Packages", _packages),
         ("Files", lambda: _files(model)),
         ("Network", lambda: _network(port)),
-        *([] if verify is None else [(f"Hand-off of {verify}", lambda: _handoff(verify))]),
+        *([] if verify is None else [(f"Hand-off of {verify}", lambda: _handoff(verify, kv_dtype))]),
     )
     findings = [finding for title, look in sections for finding in _print_section(console, title, list(look()))]
     broken = [finding.subject for finding in findings if finding.mark == "missing" and finding.needed]
@@ -79,6 +82,7 @@ def _print_section(console: Console, title: str, findings: list[Finding]) -> lis
 def _devices(torch: TorchReport) -> Iterator[Finding]:
     features = ", ".join(cpu_features()) or "no vector extensions known"
     yield Finding("ok", "CPU", f"{num_usable_cores()} cores usable, {platform.machine()}: {features}")
+    yield _compiler()
     yield _memory()
     if torch.error:
         yield Finding("missing", "torch", torch.error, needed=True)
@@ -89,6 +93,15 @@ def _devices(torch: TorchReport) -> Iterator[Finding]:
         yield Finding("warn", "GPU", f"{why}; the suite computes on the CPU")
     for number, gpu in enumerate(torch.gpus):
         yield Finding("ok", f"GPU {number}", gpu)
+
+
+def _compiler() -> Finding:
+    """Native steps are compiled at the first start, with what llm.ops.cpu.native.library finds."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    kinds = "weights in int8 and int4, KV in int8 (--kv-dtype)"
+    lost = f"none found (c++, g++, clang++ or $CXX): no {kinds}, and slower steps on the CPU"
+    return Finding("ok", "C++ compiler", f"{found}, for {kinds}") if found else Finding("warn", "C++ compiler", lost)
 
 
 def _memory() -> Finding:
@@ -171,8 +184,8 @@ def _network(port: int) -> Iterator[Finding]:
         yield Finding("ok", f"port {port}", "free")
 
 
-def _handoff(model: str) -> Iterator[Finding]:
-    for report in handoff_reports(model):
+def _handoff(model: str, kv_dtype: str) -> Iterator[Finding]:
+    for report in handoff_reports(model, kv_dtype):
         found = f"{report.num_positions} positions, logits deviate by {report.max_deviation:.1e} of the largest"
         detail = report.error or (found if report.passed else f"{found}: what arrived is not what was computed")
         yield Finding("ok" if report.passed else "missing", report.transport, detail, needed=True)

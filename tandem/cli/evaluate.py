@@ -1,4 +1,4 @@
-"""`tandem eval`: what a weight format costs, measured on a text.
+"""`tandem eval`: what formats of weights and KV cost, measured on a text.
 
 The work is done in two processes that end: one for the tokens and one for the model, since this one has neither.
 """
@@ -37,6 +37,7 @@ class EvalOptions:
     text: Path | None = None
     num_tokens: int = 4096
     window_tokens: int = 512
+    kv_dtype: str = "auto"
     threads: int | None = None
     as_json: bool = False
 
@@ -49,6 +50,7 @@ def run_eval(options: EvalOptions) -> None:
         tokens = _tokens(options, corpus)
         results = list(_results(options, tokens))
         about = {"model": options.model, "text": corpus.name, "tokens": len(tokens), "window": options.window_tokens}
+        about["kv_dtype"] = options.kv_dtype
         if options.as_json:
             output().out(json.dumps({**about, "results": results}, indent=2))
         else:
@@ -71,7 +73,7 @@ def _tokens(options: EvalOptions, corpus: Corpus) -> list[int]:
 
 def _results(options: EvalOptions, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
     flags = ("--model", options.model, "--window", str(options.window_tokens), "--threads", str(options.threads or 0))
-    command = (*_module("decode_svc.verify_quality"), *flags, "--weights", *options.weights)
+    command = (*_module("decode_svc.verify_quality"), *flags, "--kv-dtype", options.kv_dtype, "--weights", *options.weights)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaints:
         given.write(json.dumps(tokens).encode())
         given.seek(0)
@@ -100,7 +102,8 @@ def _followed(lines: Any, num_formats: int) -> Iterator[dict[str, Any]]:
 
 
 def _table(about: dict[str, Any], results: Sequence[dict[str, Any]]) -> Table:
-    title = f"{about['model']} against its file in fp32: {about['tokens']} tokens of {about['text']}"
+    kept = "" if about["kv_dtype"] == "auto" else f", KV in {about['kv_dtype']}"
+    title = f"{about['model']}{kept} against its file in fp32: {about['tokens']} tokens of {about['text']}"
     caption = "change: of the perplexity; agreement: same likeliest token; KL: nats a token, from fp32"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for heading in ("weights", "role", "perplexity", "change", "agreement", "KL"):

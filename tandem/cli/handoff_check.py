@@ -23,9 +23,9 @@ class HandoffReport:
     passed: bool = False
 
 
-def handoff_reports(model: str) -> Iterator[HandoffReport]:
+def handoff_reports(model: str, kv_dtype: str = "auto") -> Iterator[HandoffReport]:
     """One for each transport; one that failed, without a transport, if it could not be tried."""
-    command = [sys.executable, "-m", "decode_svc.verify_handoff", "--model", model]
+    command = [sys.executable, "-m", "decode_svc.verify_handoff", "--model", model, "--kv-dtype", kv_dtype]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

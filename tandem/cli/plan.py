@@ -23,6 +23,7 @@ class SuitePlan:
     host: str = LOOPBACK
     port: int = 50051
     dtype: str | None = None
+    kv_dtype: str | None = None
     prefill_weights: str | None = None
     decode_weights: str | None = None
     threads: int | None = None
@@ -76,6 +77,7 @@ def _worker(plan: SuitePlan, name: str, seat: Seat, port: int) -> Member:
         "--device": seat.device,
         "--gpu-memory-fraction": seat.memory_fraction,
         "--dtype": plan.dtype,
+        "--kv-dtype": plan.kv_dtype,
         "--weights": plan.prefill_weights if role == "prefill" else plan.decode_weights,
         "--threads": plan.threads,
     }

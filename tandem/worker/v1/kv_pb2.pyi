@@ -13,6 +13,7 @@ class KvDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_DTYPE_FLOAT32: _ClassVar[KvDtype]
     KV_DTYPE_BFLOAT16: _ClassVar[KvDtype]
     KV_DTYPE_FLOAT16: _ClassVar[KvDtype]
+    KV_DTYPE_INT8: _ClassVar[KvDtype]
 
 class ChecksumAlgorithm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -22,6 +23,7 @@ KV_DTYPE_UNSPECIFIED: KvDtype
 KV_DTYPE_FLOAT32: KvDtype
 KV_DTYPE_BFLOAT16: KvDtype
 KV_DTYPE_FLOAT16: KvDtype
+KV_DTYPE_INT8: KvDtype
 CHECKSUM_ALGORITHM_UNSPECIFIED: ChecksumAlgorithm
 CHECKSUM_ALGORITHM_XXH3_64: ChecksumAlgorithm
 

@@ -149,6 +149,7 @@ async def test_the_timer_ends_a_lease_that_nobody_uses() -> None:
         ("model_digest", "other", Reason.MODEL_MISMATCH),
         ("tokenizer_digest", "other", Reason.MODEL_MISMATCH),
         ("layout", replace(LAYOUT, dtype="bfloat16"), Reason.KV_LAYOUT_MISMATCH),
+        ("layout", replace(LAYOUT, dtype="int8"), Reason.KV_LAYOUT_MISMATCH),
         ("layout", replace(LAYOUT, block_tokens=8), Reason.KV_LAYOUT_MISMATCH),
         ("layout", replace(LAYOUT, tensor_parallel_size=2), Reason.KV_LAYOUT_MISMATCH),
         ("block_ids", (1, 2), Reason.KV_LAYOUT_MISMATCH),

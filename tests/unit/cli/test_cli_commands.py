@@ -156,8 +156,8 @@ except SystemExit:
     assert "Commands" in done.stdout and done.stderr.split() == []
 
 
-def reported(*reports: HandoffReport) -> Callable[[str], Iterator[HandoffReport]]:
-    return lambda model: iter(reports)
+def reported(*reports: HandoffReport) -> Callable[[str, str], Iterator[HandoffReport]]:
+    return lambda model, kv_dtype: iter(reports)
 
 
 def test_doctor_tries_a_hand_off_only_when_asked(doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

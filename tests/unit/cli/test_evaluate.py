@@ -60,6 +60,20 @@ def test_formats_are_compared(tmp_path: Path) -> None:
     assert decode_only["prefill"]["divergence"] < both["prefill"]["divergence"]
 
 
+def test_kv_is_kept_as_told(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    flags = ("--model", "random:tiny", "--text", str(tmp_path / "text"), "--window", "32", "--tokens", "64", "--threads", "1")
+    divergences = []
+    for kv_dtype in ("float32", "int8"):
+        result = evaluate(*flags, "--weights", "fp32", "--kv-dtype", kv_dtype, "--json")
+        assert result.exit_code == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["kv_dtype"] == kv_dtype
+        divergences.append(abs(report["results"][0]["decode"]["divergence"]))
+    assert divergences[0] == 0 < divergences[1]
+    assert "KV in int8" in evaluate(*flags, "--weights", "fp32", "--kv-dtype", "int8").stdout
+
+
 def test_a_failure_of_the_processes_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("enough " * 20)
     monkeypatch.setattr("tandem.cli.evaluate._module", lambda name: (sys.executable, "-c", "raise SystemExit('no such luck')"))

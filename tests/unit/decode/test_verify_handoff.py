@@ -33,6 +33,15 @@ async def test_a_hand_off_changes_nothing_and_a_damaged_block_is_seen(monkeypatc
         loaded.pool.close()
 
 
+async def test_kv_in_int8_arrives_as_it_was_computed() -> None:
+    loaded = load("random:tiny", "int8")
+    try:
+        assert loaded.layout.dtype == "int8"
+        assert all(verdict.passed for verdict in await verify(loaded, ["shm", "tcp"]))
+    finally:
+        loaded.pool.close()
+
+
 async def test_a_transport_that_fails_is_a_verdict_too() -> None:
     loaded = load("random:tiny")
     try:

@@ -9,6 +9,7 @@ from gateway.capacity import Capacity, capacity_of, largest_decode_pool, seconds
 from gateway.routing import Layout, PlacementLedger, Role, Wishes, Worker, choose, usable
 from gateway.targets import Target, parse_target
 from tandem.errors import Reason, TandemError
+from tandem.worker.v1 import kv_pb2
 
 LAYOUT = Layout(2, 2, 16, 16, 1)
 PREFILL = Worker("p1:1", Role.PREFILL, "id", True, "model", layout=LAYOUT, max_requests=64, tokens_per_second=100.0)
@@ -131,6 +132,7 @@ def test_equal_requests_are_counted_one_by_one() -> None:
         ((PREFILL, replace(DECODE, ready=False, worker_id="")), "1 unreachable"),
         ((replace(PREFILL, model_digest="other"), DECODE), "1 of another model"),
         ((PREFILL, replace(DECODE, layout=replace(LAYOUT, block_tokens=32))), "KV layout"),
+        ((PREFILL, replace(DECODE, layout=replace(LAYOUT, dtype=kv_pb2.KV_DTYPE_INT8))), "KV layout"),
     ],
 )
 def test_no_worker_says_why(workers: tuple[Worker, ...], words: str) -> None:

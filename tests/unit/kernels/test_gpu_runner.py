@@ -8,6 +8,7 @@ import torch
 
 from llm.batch import SequenceSlice, build_batch
 from llm.config import load_model_config
+from llm.errors import UnsupportedModelError
 from llm.gpu.settings import GpuSettings
 from llm.model import Model
 from llm.ops.operations import TorchOperations
@@ -83,6 +84,15 @@ def make_runner(config, tensors, device, attention, max_batch=0, *, max_rows=1, 
     runner = runners.GpuModelRunner(config, tensors, settings)
     runner.attach(make_pool(config, device))
     return runner
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float32"])
+def test_another_kind_of_kv_than_it_computes_in_is_refused(device, tmp_path, kv_dtype):
+    gpu = GpuSettings(paged.PagedAttention(), 1, 0, 1)
+    settings = RunnerSettings("decode", str(device), "bfloat16", kv_dtype=kv_dtype, cache_directory=tmp_path, gpu=gpu)
+    files = Files(random_config=RANDOM_MODELS["tiny"])
+    with pytest.raises(UnsupportedModelError, match=f"--kv-dtype {kv_dtype}: on a GPU"):
+        runners.GpuModelRunner.load(files, settings)
 
 
 PROMPTS = [SequenceSlice(list(range(3, 19)), 0, [5, 2]), SequenceSlice([9, 8, 7], 0, [0], "all")]

@@ -29,7 +29,7 @@ TICKET = KvTicket(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_tickets(dtype: str) -> None:
     ticket = replace(TICKET, layout=replace(TICKET.layout, dtype=dtype))
     message = kv_pb2.KvTicket.FromString(ticket_to_proto(ticket).SerializeToString())

@@ -126,6 +126,16 @@ def test_auto_is_settled_and_remembered(random_files: Any, tmp_path: Path, monke
     assert settle_format(random_files(), settings(tmp_path), lambda fraction, text: None) == settled
 
 
+def test_the_kind_of_kv_has_no_part_in_it(random_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(files: Any, told: RunnerSettings, progress: Any) -> FormatChoice:
+        assert told.told_kv_dtype == "bfloat16"
+        return FormatChoice("int8", "measured")
+
+    monkeypatch.setattr("llm.format_choice._choose", choose)
+    settled = settle_format(random_files(), settings(tmp_path, kv_dtype="int8"), lambda fraction, text: None)
+    assert (settled.weights, settled.told_kv_dtype) == ("int8", "int8")
+
+
 def test_what_was_told_is_kept(random_files: Any, tmp_path: Path) -> None:
     for told in (settings(tmp_path, weights="fp32"), settings(tmp_path, dtype="bfloat16"), settings(tmp_path, device="cuda:0")):
         assert settle_format(random_files(), told, lambda fraction, text: None) is told

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llm.config import load_model_config
+from llm.errors import UnsupportedModelError
 from llm.host_model import SteppedModel, choose_operations, make_host_model
 from llm.kv.layout import KvLayout
 from llm.kv.pool import KvPool
@@ -160,6 +161,41 @@ def test_a_runner_that_is_told_nothing_takes_bf16(random_files: Any, tmp_path: P
     assert (runner.weight_format, runner.kv_dtype) == ("bf16", "bfloat16")
     told = ModelRunner.load(random_files(), RunnerSettings("decode", weights="fp32", threads=2, cache_directory=tmp_path))
     assert (told.weight_format, told.weight_format_reason, told.kv_dtype) == ("fp32", "set by --weights", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "wish, dtype, kept",
+    [
+        ("auto", "auto", "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("int8", "float32", "int8"),
+        ("float32", "bfloat16", "float32"),
+    ],
+)
+def test_kv_is_kept_as_told_and_else_as_the_model_computes(wish: Any, dtype: Any, kept: str) -> None:
+    assert RunnerSettings("decode", dtype=dtype, kv_dtype=wish).told_kv_dtype == kept
+
+
+@pytest.mark.parametrize("chunk", [1, 45])
+def test_int8_kv_stays_near(random_files: Any, tmp_path: Path, chunk: int) -> None:
+    def logits(kv_dtype: Any) -> torch.Tensor:
+        settings = RunnerSettings("decode", dtype="float32", kv_dtype=kv_dtype, threads=2, cache_directory=cache_directory())
+        runner = ModelRunner.load(random_files(), settings)
+        config = runner.config
+        runner.attach(KvPool.create(KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, runner.kv_dtype), 8))
+        parts = [runner.forward([SequenceSlice(TOKENS[at : at + chunk], at, range(6), "all")]) for at in range(0, 90, chunk)]
+        return torch.cat(parts)
+
+    close(logits("int8"), logits("float32").double(), tolerance=0.03)
+
+
+def test_int8_kv_without_the_native_step_is_refused(random_files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = RunnerSettings("decode", kv_dtype="int8", threads=2, cache_directory=cache_directory())
+    with pytest.raises(UnsupportedModelError, match=r"--kv-dtype int8 needs the native step.*24.*take bfloat16"):
+        ModelRunner.load(random_files(head_dim=24), settings)
+    monkeypatch.setattr("llm.runner.native_library", lambda directory: None)
+    with pytest.raises(UnsupportedModelError, match="--kv-dtype int8: there are no kernels for it here"):
+        ModelRunner.load(random_files(), settings)
 
 
 def test_warm_up_reports_its_way(random_files: Any, tmp_path: Path) -> None:

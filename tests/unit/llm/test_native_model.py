@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from llm.batch import Batch, SequenceSlice, build_batch
 from llm.config import ModelConfig
+from llm.kv.pool import blocks_in
 from llm.model import Model
 from llm.ops.cpu.native import library
 from llm.ops.cpu.native.model import NativeModel, refusal
 from llm.ops.operations import TorchOperations
 from llm.weights_plan import ROPE, plan_tensors
 from tandem.models import cache_directory
+from tests.fakes import int8_kv
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
@@ -50,19 +52,32 @@ def make_batch(sequences: Sequence[tuple[int, int, str]], block_tokens: int) -> 
 
 
 def make_pool(config: ModelConfig, block_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(BLOCKS, config.num_layers, 2, config.num_kv_heads, block_tokens, config.head_dim).to(dtype)
+    pool = torch.randn(BLOCKS, config.num_layers, 2, config.num_kv_heads, block_tokens, config.head_dim)
+    if dtype != torch.int8:
+        return pool.to(dtype)
+    layout = int8_kv.layout_of(pool)
+    kept = blocks_in(torch.zeros(BLOCKS * layout.block_bytes, dtype=torch.uint8), layout)
+    int8_kv.store(kept, (), pool)
+    return kept
 
 
 def check(
     config: ModelConfig, batch: Batch, dtype: torch.dtype, *, block_tokens: int = 16, threads: int = 2, name: str = SETS[-1]
 ) -> None:
-    tensors, pool = make_tensors(config, dtype), make_pool(config, block_tokens, dtype)
-    expected_pool = pool.clone()
-    expected = Model(config, tensors, TorchOperations()).forward(batch, expected_pool)
+    """`dtype` of the pool; weights are float32 where it is int8."""
+    tensors = make_tensors(config, torch.float32 if dtype == torch.int8 else dtype)
+    pool, expected_pool = (make_pool(config, block_tokens, dtype) for _ in range(2))
+    expected_pool.copy_(pool)
+    operations = int8_kv.Int8KvOperations() if dtype == torch.int8 else TorchOperations()
+    expected = Model(config, tensors, operations).forward(batch, expected_pool)
     actual = NativeModel(config, tensors, library.load(cache_directory(), name), threads).forward(batch, pool)
     assert actual.shape == expected.shape
     close(actual, expected, 2e-5 if dtype == torch.float32 else 3e-2)
-    close(pool.float(), expected_pool.float(), 2e-5 if dtype == torch.float32 else 3e-2)
+    close(_floats(pool), _floats(expected_pool), 2e-5 if dtype == torch.float32 else 3e-2)
+
+
+def _floats(pool: torch.Tensor) -> torch.Tensor:
+    return int8_kv.widened(pool) if pool.dtype == torch.int8 else pool.float()
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -93,7 +108,7 @@ def test_odd_shapes(data: st.DataObject) -> None:
     sequences = data.draw(st.lists(SEQUENCES, min_size=1, max_size=BLOCKS * block_tokens // 201 or 1))
     if block_tokens == 1:
         sequences = [(min(sequences[0][0], 40), min(sequences[0][1], 30), sequences[0][2])]
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
     batch = make_batch(sequences, block_tokens)
     threads, name = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(SETS))
     check(config, batch, dtype, block_tokens=block_tokens, threads=threads, name=name)
@@ -104,25 +119,27 @@ MIXED = [(0, 1, "last"), (300, 1, "last"), (511, 1, "none"), (40, 90, "last"), (
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_mixed_batch(name: str, threads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     config = make_config(hidden_size=96, intermediate_size=200, num_heads=9, num_kv_heads=3, head_dim=64)
     check(config, make_batch(MIXED, 16), dtype, threads=threads, name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("sequences", [[(1000, 200, "last")], [(0, 700, "none")], [(700, 1, "last")] * 1, [(30, 1, "last")] * 20])
-def test_long_and_many(sequences: list[tuple[int, int, str]]) -> None:
+def test_long_and_many(sequences: list[tuple[int, int, str]], dtype: torch.dtype) -> None:
     torch.manual_seed(3)
-    check(make_config(num_heads=4, num_kv_heads=2, head_dim=32), make_batch(sequences, 16), torch.float32)
+    check(make_config(num_heads=4, num_kv_heads=2, head_dim=32), make_batch(sequences, 16), dtype)
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_row_is_the_same_to_the_bit_alone_and_among_others(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     config = make_config(hidden_size=100, intermediate_size=203, num_heads=6, num_kv_heads=2, head_dim=32)
-    model = NativeModel(config, make_tensors(config, dtype), library.load(cache_directory(), name), 2)
+    weights = torch.float32 if dtype == torch.int8 else dtype
+    model = NativeModel(config, make_tensors(config, weights), library.load(cache_directory(), name), 2)
     pool = make_pool(config, 16, dtype)
     row = SequenceSlice([9], 600, list(range(38)))
     others = [SequenceSlice([5], 2 * index - 1, [38 + index, 54 + index]) for index in range(1, 17)]
@@ -133,11 +150,12 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others(name: str, dtype: t
     assert torch.equal(model.forward(build_batch([row, chunk], 16), pool), alone)
 
 
-def test_a_prompt_is_the_same_to_the_bit_in_any_chunks() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_prompt_is_the_same_to_the_bit_in_any_chunks(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     config = make_config(num_heads=4, num_kv_heads=2, head_dim=32)
     model = NativeModel(config, make_tensors(config, torch.float32), library.load(cache_directory()), 2)
-    tokens, pool = torch.randint(70, (600,)).tolist(), make_pool(config, 16, torch.float32)
+    tokens, pool = torch.randint(70, (600,)).tolist(), make_pool(config, 16, dtype)
     whole = model.forward(build_batch([SequenceSlice(tokens, 0, range(38), "last")], 16), pool)
     kept = pool.clone()
     for start, end in [(0, 130), (130, 520), (520, 600)]:

@@ -25,6 +25,17 @@ def test_smollm2_block_sizes() -> None:
     assert [KvLayout(30, 3, 64, 16, dtype).block_bytes for dtype in ("bfloat16", "float32")] == [368_640, 737_280]
 
 
+def test_int8_blocks_hold_scales_and_whole_stretches_of_a_checksum() -> None:
+    layout = KvLayout(30, 3, 64, 16, "int8")
+    assert layout.block_shape == (30, 2, 3, 16, 64 + 4)
+    assert 30 * 2 * 3 * 16 * 68 == 195_840 and layout.block_bytes == 196_608 == 192 * 1024
+    pool = KvPool.create(layout, 3)
+    pool.tensor[1] = 7
+    assert pool.tensor[1].is_contiguous() and bytes(pool.block_view(1)) == b"\7" * 195_840 + b"\0" * 768
+    assert not any(pool.block_view(0)) and not any(pool.block_view(2))
+    pool.close()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_views_and_tensor_are_the_same_memory(dtype: str) -> None:
     pool = KvPool.create(KvLayout(2, 3, 4, 5, dtype), 3)  # type: ignore[arg-type]

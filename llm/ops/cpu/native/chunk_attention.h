@@ -61,7 +61,6 @@ struct Chunk {
 template <class Kv>
 void gather_strip(const Chunk& chunk, const Batch& batch, const Pool& pool, int layer, int task) {
     const int head = task % pool.kv_heads, first = task / pool.kv_heads * STRIP_COLUMNS, size = pool.head_dim;
-    const Kv* stored = static_cast<const Kv*>(pool.values);
     const int32_t* blocks = batch.block_ids + batch.block_starts[chunk.sequence];
     float* keys = chunk.keys + (size_t(head) * chunk.padded + first) * size;
     float* values = chunk.values + (size_t(head) * chunk.padded + first) * size;
@@ -72,11 +71,10 @@ void gather_strip(const Chunk& chunk, const Batch& batch, const Pool& pool, int 
             for (int column = 0; column < size; column++) keys[column * STRIP_COLUMNS + t] = value[column] = 0.0f;
             continue;
         }
-        const int block = blocks[position / pool.block_tokens], offset = position % pool.block_tokens * size;
-        const Kv* key = stored + pool.place(block, layer, 0, head) + offset;
-        const Kv* source = stored + pool.place(block, layer, 1, head) + offset;
-        for (int column = 0; column < size; column++) keys[column * STRIP_COLUMNS + t] = widen(key[column]);
-        for (int column = 0; column < size; column++) value[column] = widen(source[column]);
+        const int block = blocks[position / pool.block_tokens], offset = position % pool.block_tokens;
+        const auto key = pool.tokens<const Kv>(block, layer, 0, head, offset), source = pool.tokens<const Kv>(block, layer, 1, head, offset);
+        for (int column = 0; column < size; column++) keys[column * STRIP_COLUMNS + t] = widen(key.values[column]) * key.scale(0);
+        for (int column = 0; column < size; column++) value[column] = widen(source.values[column]) * source.scale(0);
     }
 }
 

@@ -129,7 +129,7 @@ class Chunks {
         for (Span span = span_at(task_.begin); span.count > 0;) {
             const Span next = span_at(span.position + span.count);
             for (int head = 0; head < task_.num_heads; head++) {
-                Ahead ahead(at(next, head), size_t(next.count) * pool_.head_dim * sizeof(Kv));
+                Ahead ahead = ahead_of(next, head);
                 use(head, at(span, head), span.position - task_.begin, span.count, ahead);
             }
             span = next;
@@ -139,8 +139,7 @@ class Chunks {
     // All of the first block's.
     void ask() const {
         const Span span = span_at(task_.begin);
-        for (int head = 0; head < task_.num_heads; head++)
-            Ahead(at(span, head), size_t(span.count) * pool_.head_dim * sizeof(Kv)).ask(SIZE_MAX / 2);
+        for (int head = 0; head < task_.num_heads; head++) ahead_of(span, head).ask(SIZE_MAX / 2);
     }
 
    private:
@@ -156,9 +155,12 @@ class Chunks {
         return {position, std::min(pool_.block_tokens - offset, left), blocks_[position / pool_.block_tokens], offset};
     }
 
-    const Kv* at(const Span& span, int head) const {
-        const size_t place = pool_.place(span.block, layer_, kind_, task_.first_head + head);
-        return static_cast<const Kv*>(pool_.values) + place + span.offset * pool_.head_dim;
+    Tokens<const Kv> at(const Span& span, int head) const {
+        return pool_.tokens<const Kv>(span.block, layer_, kind_, task_.first_head + head, span.offset);
+    }
+
+    Ahead ahead_of(const Span& span, int head) const {
+        return {at(span, head).values, size_t(span.count) * pool_.token_bytes};
     }
 
     const DecodeTask& task_;
@@ -185,10 +187,10 @@ void attend_task(const DecodeTask& task, const Batch& batch, const Pool& pool, i
     const int size = pool.head_dim, heads = task.num_heads * group;
     float *scores = scratch, *sums = scores + heads * SCORES_STRIDE;
     const Chunks<Kv> keys(task, batch, pool, layer, 0), values(task, batch, pool, layer, 1);
-    keys.each([&](int kv_head, const Kv* chunk, int done, int count, Ahead& ahead) {
+    keys.each([&](int kv_head, Tokens<const Kv> chunk, int done, int count, Ahead& ahead) {
         each_few(group, [&]<int HEADS>(int first) {
             const int head = kv_head * group + first;
-            score_block<HEADS>(query + head * size, chunk, count, size, scores + head * SCORES_STRIDE + done, ahead);
+            score_block<HEADS>(query + head * size, chunk.values, count, size, scores + head * SCORES_STRIDE + done, ahead);
         });
     });
     values.ask();
@@ -199,17 +201,13 @@ void attend_task(const DecodeTask& task, const Batch& batch, const Pool& pool, i
         partial[head * (size + 2) + size + 1] = softened.total;
     }
     std::fill(sums, sums + heads * size, 0.0f);
-    values.each([&](int kv_head, const Kv* chunk, int done, int count, Ahead& ahead) {
+    values.each([&](int kv_head, Tokens<const Kv> chunk, int done, int count, Ahead& ahead) {
         each_few(group, [&]<int HEADS>(int first) {
             const int head = kv_head * group + first;
-            add_block<HEADS>(scores + head * SCORES_STRIDE + done, chunk, count, size, sums + head * size, ahead);
+            add_block<HEADS>(scores + head * SCORES_STRIDE + done, chunk.values, count, size, sums + head * size, ahead);
         });
     });
     for (int head = 0; head < heads; head++) std::copy_n(sums + head * size, size, partial + head * (size + 2));
-}
-
-inline size_t decode_scratch_floats(int group, int head_dim) {
-    return size_t(std::max(MOST_HEADS, group)) * (SCORES_STRIDE + head_dim);
 }
 
 // Which task attends to what; made once a step and used by every layer. A head's sums do not depend on the other heads of its task.

@@ -13,6 +13,7 @@ import torch
 
 from llm.batch import Batch
 from llm.config import ModelConfig
+from llm.kv.layout import SCALE_BYTES
 from llm.ops.cpu.native import structures
 from llm.ops.cpu.native.turns import Turns
 from llm.weights_packed import packed_format
@@ -24,11 +25,15 @@ _LANES = 16
 """Of the widest instruction set."""
 _GRAIN = 32
 """Packed outputs are multiplied in multiples of this many, and up begins where gate ends."""
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_MOST_HEAD_DIM = 512
+"""Beyond, a score over KV in int8 would not fit 32 bits."""
 
 
 def refusal(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Why the native step cannot run a model, for people; None if it can."""
+    if config.head_dim > _MOST_HEAD_DIM:
+        return f"heads of {config.head_dim} values are longer than {_MOST_HEAD_DIM}"
     if config.head_dim % _LANES:
         return f"heads of {config.head_dim} values are no multiple of {_LANES}"
     packed = any(packed_format(tensors, f"layers.{index}.gate_up") for index in range(config.num_layers))
@@ -133,9 +138,12 @@ class NativeModel:
 
 
 def _describe_pool(pool: torch.Tensor) -> structures.Pool:
-    _, layers, _, kv_heads, block_tokens, head_dim = pool.shape
+    _, layers, _, kv_heads, block_tokens, token_items = pool.shape
+    assert pool[0].is_contiguous(), "a block is contiguous"
+    head_dim = token_items - (SCALE_BYTES if pool.dtype == torch.int8 else 0)
+    token_bytes, block_bytes = (items * pool.itemsize for items in (token_items, pool.stride(0)))
     format = structures.FORMATS[_NAMES[pool.dtype]]
-    return structures.Pool(format, layers, kv_heads, block_tokens, head_dim, values=pool.data_ptr())
+    return structures.Pool(format, layers, kv_heads, block_tokens, head_dim, token_bytes, block_bytes, pool.data_ptr())
 
 
 def _describe_batch(batch: Batch) -> structures.Batch:

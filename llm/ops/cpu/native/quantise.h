@@ -21,7 +21,7 @@ constexpr float SMALLEST_SPAN = 1e-30f;  // rows and groups that stay below coun
 struct Span {
     float scale, inverse;
 
-    explicit Span(float most) : scale(most / float(LARGEST_INTEGER)), inverse(float(LARGEST_INTEGER) / most) {
+    explicit Span(float most, int largest = LARGEST_INTEGER) : scale(most / float(largest)), inverse(float(largest) / most) {
         if (!(most <= std::numeric_limits<float>::max())) {
             scale = std::numeric_limits<float>::quiet_NaN();
             inverse = 0.0f;

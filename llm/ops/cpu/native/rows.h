@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "batch.h"
+#include "integer_vectors.h"
 #include "vector.h"
 
 namespace tandem {
@@ -51,15 +52,49 @@ inline void rotate(float* head, const float* cosine, const float* sine, int half
     }
 }
 
+// A Hadamard transform of eight values.
+inline Eight mixed(Eight x) {
+    x = Eight{x[1], x[0], x[3], x[2], x[5], x[4], x[7], x[6]} + x * Eight{1, -1, 1, -1, 1, -1, 1, -1};
+    x = Eight{x[2], x[3], x[0], x[1], x[6], x[7], x[4], x[5]} + x * Eight{1, 1, -1, -1, 1, 1, -1, -1};
+    return Eight{x[4], x[5], x[6], x[7], x[0], x[1], x[2], x[3]} + x * Eight{1, 1, 1, 1, -1, -1, -1, -1};
+}
+
+// A Hadamard transform in place, of each 2^n values of a head, where its size is an odd multiple of 2^n. Dot products of mixed heads are
+// what they were before, and a value that stands out no longer costs all others their resolution in 8 bits.
+inline void mix(float* head, int size) {
+    const int span = size & -size;
+    const float factor = 1.0f / std::sqrt(float(span));
+    Eight first, second;
+    for (int index = 0; index < size; index += 8) {
+        std::memcpy(&first, head + index, sizeof first);
+        first = mixed(first) * factor;
+        std::memcpy(head + index, &first, sizeof first);
+    }
+    for (int stride = 8; stride < span; stride *= 2)
+        for (int index = 0; index < size; index += 8) {
+            if (index & stride) continue;  // is the second of a pair
+            std::memcpy(&first, head + index, sizeof first);
+            std::memcpy(&second, head + index + stride, sizeof second);
+            const Eight sum = first + second, difference = first - second;
+            std::memcpy(head + index, &sum, sizeof sum);
+            std::memcpy(head + index + stride, &difference, sizeof difference);
+        }
+}
+
+// One head's K or V as it is kept.
+template <class Kv>
+inline void keep(const float* values, int size, Tokens<Kv> kept) {
+    for (int column = 0; column < size; column++) narrow(values[column], kept.values + column);
+}
+
+inline void keep(const float* values, int size, Tokens<int8_t> kept) { *kept.scales = to_integers<127>(values, size, kept.values); }
+
 template <class Kv>
 inline void write_kv(const float* keys, const float* values, const Pool& pool, int layer, int block, int offset) {
-    Kv* stored = static_cast<Kv*>(pool.values);
     const int size = pool.head_dim;
     for (int head = 0; head < pool.kv_heads; head++) {
-        Kv* key = stored + pool.place(block, layer, 0, head) + offset * size;
-        Kv* value = stored + pool.place(block, layer, 1, head) + offset * size;
-        for (int column = 0; column < size; column++) narrow(keys[head * size + column], key + column);
-        for (int column = 0; column < size; column++) narrow(values[head * size + column], value + column);
+        keep(keys + head * size, size, pool.tokens<Kv>(block, layer, 0, head, offset));
+        keep(values + head * size, size, pool.tokens<Kv>(block, layer, 1, head, offset));
     }
 }
 

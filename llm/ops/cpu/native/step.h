@@ -64,7 +64,7 @@ class Step {
         phases_.end(thread, Phases::TURN);
         const bool last = index == model_.num_layers - 1;
         if (last && batch_.num_logits == 0) return;  // nobody needs what follows the last layer's K and V
-        pool_.format == FLOAT32 ? attend<float>(index, thread) : attend<uint16_t>(index, thread);
+        with_kv([=, this]<class Kv>(Kv) { attend<Kv>(index, thread); });
         phases_.end(thread, Phases::ATTENTION);
         const int rows = last ? batch_.num_logits : batch_.num_rows;
         each_row(rows, thread, [&](int row) { take_attended(row, last ? int(batch_.logits_rows[row]) : row, last, layer.output); });
@@ -109,11 +109,19 @@ class Step {
             const float* norm = head < model_.heads ? layer.query_norm : layer.key_norm;
             if (norm) rms_norm(qkv + head * size, norm, model_.eps, size, qkv + head * size);
             rotate(qkv + head * size, space_.cosine + row * half, space_.sine + row * half, size / 2);
+            if (pool_.format == INT8) mix(qkv + head * size, size);
         }
         const float *keys = qkv + model_.query_size(), *values = qkv + turned * size;
         const int block = batch_.row_blocks[row], offset = batch_.row_offsets[row];
-        pool_.format == FLOAT32 ? write_kv<float>(keys, values, pool_, index, block, offset)
-                                : write_kv<uint16_t>(keys, values, pool_, index, block, offset);
+        with_kv([=, this]<class Kv>(Kv) { write_kv<Kv>(keys, values, pool_, index, block, offset); });
+    }
+
+    // Calls use(a number of the kind that the pool holds).
+    template <class Use>
+    void with_kv(Use use) {
+        if (pool_.format == FLOAT32) return use(float());
+        if (pool_.format == BFLOAT16) return use(uint16_t());
+        use(int8_t());
     }
 
     template <class Kv>

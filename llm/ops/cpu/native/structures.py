@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
 PHASES = ("embed", "norm", "qkv", "rope, KV write", "attention", "prepare", "output", "gate, up, SiLU", "down", "head")
 """In the order of phases.h."""
@@ -84,6 +84,7 @@ class Pool(Structure):
         ("kv_heads", c_int32),
         ("block_tokens", c_int32),
         ("head_dim", c_int32),
-        ("unused", c_int32),
+        ("token_bytes", c_int32),
+        ("block_bytes", c_int64),
         ("values", c_void_p),
     ]

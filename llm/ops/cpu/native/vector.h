@@ -57,6 +57,7 @@ inline void store(float* target, Floats value) { std::memcpy(target, &value, siz
 inline Floats splat(float value) { return value - Floats{}; }
 
 inline float widen(float value) { return value; }
+inline float widen(int8_t value) { return float(value); }
 
 inline float widen(uint16_t bits) {
     uint32_t word = uint32_t(bits) << 16;

@@ -5,7 +5,7 @@
 
 #include "buffer.h"
 #include "chunk_attention.h"
-#include "decode_attention.h"
+#include "decode_attention_int8.h"
 #include "model.h"
 
 namespace tandem {
@@ -50,7 +50,8 @@ struct Workspace {
     }
 
     static size_t scratch_floats(const Model& model, int rows) {
-        const size_t attention = std::max(decode_scratch_floats(model.group(), model.head_dim), tile_scratch_floats(model.head_dim));
+        const int heads = std::max(MOST_HEADS, model.group());
+        const size_t attention = std::max(IntegerScratch::floats(heads, heads, model.head_dim), tile_scratch_floats(model.head_dim));
         const size_t few = size_t(std::min(rows, FEW_ROWS)) * (model.ffn + 2 * GRAIN_OUTPUTS);  // one thread may compute all
         const size_t many = size_t(LARGEST_TILE_ROWS) * TILE_OUTPUTS;
         return (std::max({attention, few, many, size_t(model.hidden)}) + 15) / 16 * 16;
