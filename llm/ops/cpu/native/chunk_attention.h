@@ -14,6 +14,7 @@ constexpr int TILE_ROWS = 48;                 // query rows (token times head of
 constexpr int STRIP_ROWS = 6;                 // rows of a product whose sums stay in registers
 constexpr int STRIP_COLUMNS = 2 * LANES;      // its columns
 constexpr int SPAN_TOKENS = 512;              // keys whose scores exist at one time; sums never change their order for it
+constexpr int PART_TOKENS = 64;               // whose values are multiplied while they are in the first-level cache
 static_assert(SPAN_TOKENS % STRIP_COLUMNS == 0 && TILE_ROWS % STRIP_ROWS == 0);
 
 inline int padded_tokens(int length) { return (length + STRIP_COLUMNS - 1) / STRIP_COLUMNS * STRIP_COLUMNS; }
@@ -118,6 +119,20 @@ inline void soften_row(Tile& tile, int row, int count, int padded, int head_dim)
     tile.totals[row] += sum(totals);
 }
 
+// Adds the products of the weights from `part` on with that many tokens' values.
+inline void add_values(Tile& tile, const float* values, int rows, int part, int tokens, int head_dim) {
+    for (int column = 0; column < head_dim;) {
+        const int width = column + STRIP_COLUMNS <= head_dim ? 2 : 1;
+        for (int row = 0; row < rows; row += STRIP_ROWS) {
+            const float* weights = tile.scores + row * SPAN_TOKENS + part;
+            float* sums = tile.sums + row * head_dim + column;
+            if (width == 2) multiply_strip<2>(weights, SPAN_TOKENS, values + column, head_dim, tokens, sums, head_dim, true);
+            if (width == 1) multiply_strip<1>(weights, SPAN_TOKENS, values + column, head_dim, tokens, sums, head_dim, true);
+        }
+        column += width * LANES;
+    }
+}
+
 // One span of keys: scores, weights, and their products with the values.
 inline void attend_span(const Chunk& chunk, Tile& tile, int kv_head, int first, int used, int group, int begin, int end, int head_dim) {
     const int rows = (used + STRIP_ROWS - 1) / STRIP_ROWS * STRIP_ROWS, padded = padded_tokens(end - begin);
@@ -130,16 +145,8 @@ inline void attend_span(const Chunk& chunk, Tile& tile, int kv_head, int first, 
         const int visible = chunk.start + (first + row) / group + 1;
         soften_row(tile, row, std::min(visible, end) - begin, padded, head_dim);
     }
-    for (int column = 0; column < head_dim;) {
-        const int width = column + STRIP_COLUMNS <= head_dim ? 2 : 1;
-        const float* values = chunk.values + base * head_dim + column;
-        for (int row = 0; row < rows; row += STRIP_ROWS) {
-            float *left = tile.scores + row * SPAN_TOKENS, *sums = tile.sums + row * head_dim + column;
-            if (width == 2) multiply_strip<2>(left, SPAN_TOKENS, values, head_dim, end - begin, sums, head_dim, true);
-            if (width == 1) multiply_strip<1>(left, SPAN_TOKENS, values, head_dim, end - begin, sums, head_dim, true);
-        }
-        column += width * LANES;
-    }
+    for (int part = 0; part < end - begin; part += PART_TOKENS)
+        add_values(tile, chunk.values + (base + part) * head_dim, rows, part, std::min(PART_TOKENS, end - begin - part), head_dim);
 }
 
 // One tile of queries of one kv head. qkv [n, qkv_stride], out [n, heads * head_dim], both of the whole batch.
