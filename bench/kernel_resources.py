@@ -73,7 +73,9 @@ def builds() -> Iterator[Build]:
     yield Build("rotate_and_write", rope._rotate_and_write_kernel, rotation, 4)
     yield Build("copy_blocks", block_copy._copy_blocks_kernel, {"FROM_IDS": True, "TO_IDS": True, "BLOCK": 4096}, 8)
     tables = {"table_ptr": "*i64", "out_ptr": "*i64"}
-    yield Build("checksum, sums", checksum._sum_stretches_kernel, {"LAST_KEYS": 24, "STRETCHES": 8}, 4, tables)
+    for name, copies in (("checksum, sums", False), ("checksum, copy and sums", True)):
+        constants = {"COPIES": copies, "FROM_IDS": True, "LAST_KEYS": 24, "STRETCHES": 8}
+        yield Build(name, checksum._sum_stretches_kernel, constants, 4, tables | {"target_ptr": "*i64"})
     finish = {"SCRAMBLE_KEYS": 32, "MERGE_KEYS": 40, "STARTS": 48, "AHEAD": 32}
     yield Build("checksum, end", checksum._finish_kernel, finish, 1, tables)
     yield Build("argmax", argmax._argmax_kernel, {"PARTS": 32, "BLOCK": 4096}, 8, {"out_ptr": "*i32"})

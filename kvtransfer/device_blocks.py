@@ -65,7 +65,7 @@ class DeviceBlocks:
             return self._lane.checksums(block_ids)
 
     def fetch(self, memory: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what then lies in ours."""
+        """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what came, as it was stored."""
         source = blocks_in(memory, self._pool.layout)
         with self._timed():
             return self._lane.fetch(source, source_ids, block_ids)
@@ -83,7 +83,7 @@ class DeviceBlocks:
         self._lane.gather(block_ids, row)
 
     def scatter(self, row: torch.Tensor, block_ids: BlockIds) -> Sums:
-        """Copies a `row` into blocks; the checksums of what then lies in them."""
+        """Copies a `row` into blocks; the checksums of what was in it, as it was stored."""
         return self._lane.scatter(row, block_ids)
 
     def row(self, num_blocks: int) -> torch.Tensor:

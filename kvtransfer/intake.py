@@ -139,11 +139,12 @@ class Crew:
             raise cancelled
 
     def start(self, first: int, num_blocks: int, arrive: Arrival) -> None:
-        """Has a run of blocks brought in and verified. Few are at once; more are shared among threads.
+        """Has a run of blocks brought in and verified. Few are at once; more are shared among threads, and so are few that come
+        while threads are at work: they overlap.
 
         Raises what `check` does of those that were.
         """
-        if 0 < num_blocks <= self._blocks.num_here:
+        if 0 < num_blocks <= self._blocks.num_here and not self._num_running:
             self.take_in_here(first, num_blocks, arrive)
             return
         for start, count in shares(first, first + num_blocks, self._num_threads, self._blocks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -11,13 +11,10 @@ import torch
 from llm.gpu import quiet_calls
 from llm.kv.block_arrays import BlockIds, Sums
 from llm.ops.gpu.block_copy import copy_blocks
-from llm.ops.gpu.checksum import checksum_room, finish_checksums, sum_stretches
+from llm.ops.gpu.checksum import checksum_room, copy_and_sum_stretches, finish_checksums, sum_stretches
 
 MAX_BLOCKS = 128
 """Blocks of one call; a lane has a sixteenth of a block of GPU memory for each."""
-
-PIECE_BLOCKS = 16
-"""Of more than these each piece is summed while the next is copied."""
 
 _HIGH_PRIORITY = -1
 """Transfers are short and somebody waits for them; a step's kernels fill the GPU for milliseconds."""
@@ -35,10 +32,7 @@ class Lane:
         if on_gpu:
             torch.cuda.set_device(pool.device)  # else each call would change the thread's device and change it back
         self._pool = pool
-        self._stream, self._beside = (
-            torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
         self._ids_here = self._ids.numpy()
         self._device_ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, device=pool.device)
@@ -54,7 +48,10 @@ class Lane:
         """Compiles the kernels."""
         with self._running():
             ids = self._upload(np.zeros(1, np.int32), np.zeros(1, np.int32))
-            copy_blocks(self._pool, torch.empty_like(self._pool[:1]), ids[0], ids[1])
+            beside = torch.empty_like(self._pool[:1])
+            copy_blocks(self._pool, beside, ids[0], None)
+            for source_ids in (ids[0], None):
+                copy_and_sum_stretches(self._pool, beside, source_ids, ids[1], self._room)
             self._start_checksums(ids[1])
 
     def checksums(self, block_ids: BlockIds) -> Sums:
@@ -64,18 +61,12 @@ class Lane:
         return self._checksums(len(block_ids))
 
     def fetch(self, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        """Copies blocks of `source`, a pool that this GPU can read; the checksums of what then lies in ours."""
-        count = len(block_ids)
+        """Copies blocks of `source`, a pool that this GPU can read; the checksums of what came, as it was stored."""
         with self._running():
             ids = self._upload(source_ids, block_ids)
-            for first in range(0, count, PIECE_BLOCKS):
-                piece = slice(first, first + PIECE_BLOCKS)
-                copy_blocks(source, self._pool, ids[0, piece], ids[1, piece])
-                with self._following(count):
-                    sum_stretches(self._pool, ids[1, piece], self._room[piece])
-            with self._following(count):
-                finish_checksums(self._pool, ids[1], self._room, self._sums)
-        return self._checksums(count)
+            copy_and_sum_stretches(source, self._pool, ids[0], ids[1], self._room)
+            finish_checksums(self._pool, ids[1], self._room, self._sums)
+        return self._checksums(len(block_ids))
 
     def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of bytes from pinned host memory, one a block; the checksums of what then lies in ours."""
@@ -97,29 +88,22 @@ class Lane:
             copy_blocks(self._pool, row, self._upload(block_ids)[0], None)
 
     def scatter(self, row: torch.Tensor, block_ids: BlockIds) -> Sums:
-        """The other way; the checksums of what then lies in our blocks."""
+        """The other way; the checksums of what was in the row, as it was stored."""
         with self._running():
             ids = self._upload(block_ids)[0]
-            copy_blocks(row, self._pool, None, ids)
-            self._start_checksums(ids)
+            copy_and_sum_stretches(row, self._pool, None, ids, self._room)
+            finish_checksums(self._pool, ids, self._room, self._sums)
         return self._checksums(len(block_ids))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with _current(self._stream):
+        stream = self._stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             try:
                 yield
             finally:
-                for stream in (self._stream, self._beside):
-                    if stream is not None:
-                        stream.synchronize()
-
-    def _following(self, num_blocks: int) -> AbstractContextManager[object]:
-        """For launches that need what was launched so far, but need not hold up what comes next."""
-        if self._stream is None or self._beside is None or num_blocks <= PIECE_BLOCKS:
-            return nullcontext()
-        self._beside.wait_stream(self._stream)
-        return _current(self._beside)
+                if stream is not None:
+                    stream.synchronize()
 
     def _upload(self, *rows: BlockIds) -> torch.Tensor:
         """The ids on the device, a row each; valid until the next call."""
@@ -142,7 +126,3 @@ class Lane:
 
     def _bytes_of(self, block_id: int) -> torch.Tensor:
         return self._pool[block_id].view(-1).view(torch.uint8)
-
-
-def _current(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)

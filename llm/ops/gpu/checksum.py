@@ -3,7 +3,8 @@
 """XXH3 with 64 bits and seed 0 of KV blocks where they lie, so that both ends of a hand-off may check on the host or the device.
 
 A block's 1,024-byte stretches are summed in parallel; what must run in order (a scramble of eight 64-bit lanes after each
-stretch) runs in one warp for each block.
+stretch) runs in one warp for each block. Blocks that are to be copied are summed in the registers that they pass through: over a
+link they are read once, and nothing is read again.
 """
 
 from __future__ import annotations
@@ -28,23 +29,31 @@ def _constants(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def _sum_stretches_kernel(data_ptr, ids_ptr, table_ptr, sums_ptr, num_stretches, LAST_KEYS: tl.constexpr, STRETCHES: tl.constexpr):
-    """A stretch is 16 stripes of 4 pairs of words: each word's lane gains low * high of (word ^ key), and the pair's other word."""
+def _sum_stretches_kernel(
+    data_ptr, target_ptr, ids_ptr, target_ids_ptr, table_ptr, sums_ptr, num_stretches,
+    COPIES: tl.constexpr, FROM_IDS: tl.constexpr, LAST_KEYS: tl.constexpr, STRETCHES: tl.constexpr,
+):  # fmt: skip
+    """A stretch is 16 stripes of 4 pairs of words: each word's lane gains low * high of (word ^ key), and the pair's other word.
+
+    Words are numbered in one dimension until they are summed: of more the compiler gives a warp what does not lie side by side.
+    """
     index = tl.program_id(0)
-    block = tl.load(ids_ptr + index).to(tl.int64)
-    stretches = (tl.program_id(1) * STRETCHES + tl.arange(0, STRETCHES))[:, None, None, None]
-    stripes, lanes = (
-        tl.arange(0, 16)[None, :, None, None],
-        (tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :])[None, None, :, :],
-    )
-    words = tl.load(
-        data_ptr + (block * num_stretches + stretches) * 128 + stripes * 8 + lanes, mask=stretches < num_stretches, other=0
-    )
-    closes = (stripes == 15) & (stretches == num_stretches - 1)
+    block = index.to(tl.int64)
+    if FROM_IDS:
+        block = tl.load(ids_ptr + index).to(tl.int64)
+    places = tl.program_id(1) * STRETCHES * 128 + tl.arange(0, STRETCHES * 128)
+    inside = places < num_stretches * 128
+    words = tl.load(data_ptr + block * num_stretches * 128 + places, mask=inside, other=0)
+    if COPIES:
+        target = tl.load(target_ids_ptr + index).to(tl.int64)
+        tl.store(target_ptr + target * num_stretches * 128 + places, words, mask=inside)
+    stripes, lanes = places // 8 % 16, places % 8
+    closes = places >= num_stretches * 128 - 8
     keyed = words ^ tl.load(table_ptr + tl.where(closes, LAST_KEYS + lanes, stripes + lanes))
-    left, right = tl.split(words)
-    left_sums = tl.sum(_folded(tl.split(keyed)[0]) + right, axis=1)
-    right_sums = tl.sum(_folded(tl.split(keyed)[1]) + left, axis=1)
+    left, right = tl.split(tl.reshape(words, (STRETCHES, 16, 4, 2)))
+    left_keyed, right_keyed = tl.split(tl.reshape(keyed, (STRETCHES, 16, 4, 2)))
+    left_sums = tl.sum(_folded(left_keyed) + right, axis=1)
+    right_sums = tl.sum(_folded(right_keyed) + left, axis=1)
     rows = tl.program_id(1) * STRETCHES + tl.arange(0, STRETCHES)[:, None]
     out = sums_ptr + (index.to(tl.int64) * num_stretches + rows) * 8 + tl.arange(0, 4)[None, :] * 2
     tl.store(out, left_sums, mask=rows < num_stretches)
@@ -113,12 +122,33 @@ def block_checksums(
 
 def sum_stretches(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor) -> None:
     """The first part of `block_checksums`, which reads the blocks; what it finds is left in `room`."""
-    count, num_stretches = block_ids.shape[0], _stretches(pool)
+    _launch_sums(pool, pool, block_ids, block_ids, room, copies=False)
+
+
+def copy_and_sum_stretches(
+    source: torch.Tensor, target: torch.Tensor, source_ids: torch.Tensor | None, target_ids: torch.Tensor, room: torch.Tensor
+) -> None:
+    """`copy_blocks` and the first part of `block_checksums` in one: what is summed is what was read of `source`."""
+    assert source.shape[1:] == target.shape[1:] and source.dtype == target.dtype
+    _launch_sums(source, target, source_ids, target_ids, room, copies=True)
+
+
+def _launch_sums(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    source_ids: torch.Tensor | None,
+    ids: torch.Tensor,
+    room: torch.Tensor,
+    *,
+    copies: bool,
+) -> None:
+    count, num_stretches, from_ids = ids.shape[0], _stretches(source), source_ids is not None
     if count:
         launch(
             _sum_stretches_kernel, (count, triton.cdiv(num_stretches, _STRETCHES)),
-            [pool.view(torch.int64), block_ids, _constants(pool.device), room], (num_stretches, xxh3.LAST_KEYS, _STRETCHES),
-            num_warps=4,
+            [source.view(torch.int64), target.view(torch.int64), ids if source_ids is None else source_ids, ids,
+             _constants(target.device), room],
+            (num_stretches, copies, from_ids, xxh3.LAST_KEYS, _STRETCHES), num_warps=4,
         )  # fmt: skip
 
 

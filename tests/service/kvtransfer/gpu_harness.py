@@ -19,6 +19,9 @@ block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
 def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """References stand in for the kernels, since the interpreter takes one thread at a time."""
     monkeypatch.setattr(device_lane, "copy_blocks", block_copy.copy_blocks_reference)
+    monkeypatch.setattr(
+        device_lane, "copy_and_sum_stretches", lambda *places_and_room: block_copy.copy_blocks_reference(*places_and_room[:4])
+    )
     monkeypatch.setattr(device_lane, "sum_stretches", lambda pool, block_ids, room: None)
     monkeypatch.setattr(device_lane, "finish_checksums", _checksums)
     return install(monkeypatch)

@@ -33,6 +33,27 @@ def test_checksum_is_xxh3_of_the_bytes(device, shape, dtype):
     assert [value % (1 << 64) for value in sums.tolist()] == expected
 
 
+@pytest.mark.parametrize(
+    ("source_ids", "target_ids", "shape"),
+    [
+        ([4], [1], (2, 2, 2, 16, 16)),
+        ([6, 6, 1], [0, 5, 3], (1, 2, 1, 16, 32)),
+        ([2, 5], [2, 1], (1, 2, 9, 16, 32)),
+        (None, [6, 2, 3], (1, 2, 5, 16, 16)),
+    ],
+)
+def test_what_is_copied_is_summed(device, source_ids, target_ids, shape):
+    """Blocks of 8, 4, 36 and 10 KiB: a program's stretches are 8, or fewer at a block's end."""
+    source, target = torch.randn(7, *shape, device=device), torch.full((7, *shape), torch.nan, device=device)
+    wanted, room = target.clone(), checksum.checksum_room(target, 3)
+    block_copy.copy_blocks_reference(source, wanted, ids(source_ids, device), ids(target_ids, device))
+    checksum.copy_and_sum_stretches(source, target, ids(source_ids, device), ids(target_ids, device), room)
+    assert torch.equal(target.nan_to_num(9.0), wanted.nan_to_num(9.0))
+    sums = torch.empty(len(target_ids), dtype=torch.int64, device=device)
+    checksum.finish_checksums(target, ids(target_ids, device), room, sums)
+    assert sums.tolist() == checksum.block_checksums(target, ids(target_ids, device)).tolist()
+
+
 def test_one_flipped_bit_changes_the_checksum(device):
     pool = torch.randn(1, 2, 2, 2, 16, 32, device=device)
     before = checksum.block_checksums(pool, ids([0], device)).item()

@@ -33,14 +33,23 @@ def test_fetch_copies_and_tells_what_lies_there(pool: torch.Tensor) -> None:
     assert torch.equal(pool[[2, 3, 5]], before[[2, 3, 5]])
 
 
-def test_many_blocks_are_summed_in_pieces(device: torch.device) -> None:
+def test_many_blocks_in_one_call(device: torch.device) -> None:
     source = torch.randn(40, 1, 2, 1, 16, 16, device=device)
-    pool, count = torch.zeros_like(source), 2 * device_lane.PIECE_BLOCKS + 3
+    pool, count = torch.zeros_like(source), 35
     lane = device_lane.Lane(pool)
     theirs, ours = np.arange(count, dtype=np.int32), np.arange(count, dtype=np.int32)[::-1]
     assert lane.fetch(source, theirs, ours).tolist() == expected(source[:count])
     assert torch.equal(pool[:count], source[:count].flip(0))
     assert not pool[count:].any()
+
+
+def test_blocks_go_by_a_row_of_the_device(pool: torch.Tensor) -> None:
+    lane, before, row = device_lane.Lane(pool), pool.clone(), torch.empty_like(pool[:2])
+    lane.gather(ids(4, 1), row)
+    assert torch.equal(row, before[[4, 1]])
+    assert lane.scatter(row, ids(0, 5)).tolist() == expected(before[[4, 1]])
+    assert torch.equal(pool[[0, 5]], before[[4, 1]])
+    assert torch.equal(pool[1:5], before[1:5])
 
 
 def test_blocks_go_through_the_host_and_back(pool: torch.Tensor) -> None:

@@ -240,6 +240,24 @@ async def test_few_blocks_are_taken_in_at_once(destination: Destination, threads
         assert destination.state.num_verified == 3
 
 
+async def test_few_blocks_join_the_threads_at_work(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks, leave, names = FewBlocks(), threading.Event(), list[str]()
+
+    def arrive(first: int, last: int) -> Sums:
+        names.append(threading.current_thread().name)
+        assert leave.wait(30)
+        return blocks.fetch(first, last)
+
+    destination.told(0, CHECKSUMS)
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.submit(0, 3, arrive)
+        crew.start(3, 1, arrive)
+        leave.set()
+        await crew.join()
+    assert destination.state.num_verified == 4
+    assert threading.main_thread().name not in names
+
+
 async def test_few_damaged_blocks_are_refused_at_once(destination: Destination, threads: ThreadPoolExecutor) -> None:
     blocks = FewBlocks()
     destination.told(0, [CHECKSUMS[0], CHECKSUMS[1] ^ 1, CHECKSUMS[2]])
