@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
+import dataclasses
 import os
 import random
 import tempfile
@@ -76,6 +78,7 @@ class Runner:
         run.after = await self._holdings_later(run.before)
         run.counters = await self._counters(run)
         run.flips_caught = sum(self._checksum_failures.values())
+        self._write_samples(run)
         self._read_logs(run)
         return run
 
@@ -148,8 +151,16 @@ class Runner:
             for member in self.suite.members.values():
                 with contextlib.suppress(psutil.Error, AssertionError):
                     process = self.suite.process(member.name)
-                    run.samples.append(Sample(member.name, process.pid, client.num_ended, process.memory_info().rss))
+                    rss_bytes, running = process.memory_info().rss, len(client.running)
+                    run.samples.append(Sample(member.name, process.pid, client.num_ended, rss_bytes, running))
             await asyncio.sleep(SAMPLE_S)
+
+    def _write_samples(self, run: Run) -> None:
+        """For whoever looks into growing memory."""
+        with (self.suite.directory / "memory.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(field.name for field in dataclasses.fields(Sample))
+            writer.writerows(dataclasses.astuple(sample) for sample in run.samples)
 
     async def _idle(self) -> float | None:
         self.progress.phase = "quiescing"

@@ -61,6 +61,34 @@ def test_a_leak_of_the_allowed_size_is_none() -> None:
     assert growth(life(lambda number: 200 + 0.8 * number / 1000)) == pytest.approx(0.8, abs=0.1)
 
 
+def crowded(series: Series, running: Callable[[int], int], last: int = 8000) -> list[Sample]:
+    """Each request that runs takes 20 KB, and what the busiest moment took stays taken."""
+    found, most = [], 0
+    for number in range(0, last, 13):
+        most = max(most, running(number))
+        found.append(Sample("gateway", 7, number, round(series(number) * 2**20) + 20_000 * most, running(number)))
+    return found
+
+
+def overload(until: int) -> Callable[[int], int]:
+    """Ever more requests run, until so many have ended; then it is over, with a few left."""
+    return lambda number: number // 10 if number < until else 20 + number % 30
+
+
+def test_what_ever_more_requests_take_at_once_is_no_leak() -> None:
+    found = growth(crowded(lambda number: 200.0, overload(5500)))
+    assert found is not None and abs(found) < 0.3
+
+
+def test_a_leak_is_found_behind_an_overload() -> None:
+    found = growth(crowded(lambda number: 200 + 1.5 * number / 1000, overload(5500)))
+    assert found is not None and found > MAX_GROWTH_MIB
+
+
+def test_a_load_that_grows_to_the_end_tells_nothing() -> None:
+    assert growth(crowded(lambda number: 200.0, overload(8000))) is None
+
+
 def test_a_short_life_is_not_judged() -> None:
     shortest = WARM_UP_REQUESTS + MEASURED_REQUESTS
     short = samples_of(lambda number: number, range(0, shortest - 10, 10))
