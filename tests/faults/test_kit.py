@@ -1,12 +1,16 @@
 """The kit's own parts: failpoints, the trace, what is asked, and proxies."""
 
 import asyncio
+import contextlib
 import itertools
+import socket
+from collections import Counter
 
 import pytest
 
 from tests.faults.failpoints import Failpoint, gate_of, parse
 from tests.faults.injector import KINDS, plan_of
+from tests.faults.launch import descriptors_by_kind
 from tests.faults.proxy import Link
 from tests.faults.questions import fake_question
 from tests.faults.traffic import KINDS as REQUEST_KINDS
@@ -48,6 +52,18 @@ def test_a_failpoint_fires_when_it_is_due() -> None:
 def test_a_prompt_fires_wherever_its_tokens_are() -> None:
     (point,) = parse("prompt@4,5=crash", "decode_svc")
     assert [point.due(tokens) for tokens in ([4, 5], [1, 4, 5, 6], [4], [5, 4], [])] == [True, True, False, False, False]
+
+
+def test_descriptors_are_counted_by_what_stays_the_same_of_them() -> None:
+    before = Counter(descriptors_by_kind())
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+        port = listener.getsockname()[1]
+        for _ in range(3):
+            opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            opened.enter_context(listener.accept()[0])
+        found = Counter(descriptors_by_kind()) - before
+    assert found == {f"LISTEN {port}": 1, f"ESTABLISHED to 127.0.0.1:{port}": 3, f"ESTABLISHED 127.0.0.1 to {port}": 3}
+    assert Counter(descriptors_by_kind()) == before
 
 
 def test_the_trace_keeps_its_arrivals_and_goes_round() -> None:

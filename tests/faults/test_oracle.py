@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.memory import Sample
-from tests.faults.oracle import Expected, Fault, Holdings, Record, Run, judge
+from tests.faults.oracle import Expected, Fault, Holdings, Record, Run, judge, leaked
 
 EXPECTED = Expected((7, 8, 9), "abc", "length")
 
@@ -137,3 +137,11 @@ def test_each_breach_of_the_suite_is_seen(harm: Callable[[Run], None], invariant
     run = sound_run()
     harm(run)
     assert broken(run) == [invariant]
+
+
+def test_what_is_held_on_to_is_named() -> None:
+    before, after = Holdings(20, {"pipe": 4, "LISTEN 7000": 1}), Holdings(20, {"pipe": 6, "ESTABLISHED 10.0.0.3 to 7000": 8})
+    (told,) = leaked({"prefill-0": before}, {"prefill-0": after})
+    assert told == "prefill-0: 5 descriptors became 14; new are 8 ESTABLISHED 10.0.0.3 to 7000, 2 pipe"
+    assert leaked({"prefill-0": before}, {}) == ["prefill-0 could not be asked"]
+    assert leaked({"prefill-0": before}, {"prefill-0": before, "decode-0": after}) == []
