@@ -56,7 +56,9 @@ class DeviceBlocks:
     @property
     def num_here(self) -> int:
         """None while kernels are compiled, or the GPU was slow a moment ago."""
-        if self._clock() < self._away_until or not all(job.done() for job in self._warming):
+        if self._warming and all(job.done() for job in self._warming):
+            self._warming = ()
+        if self._warming or self._clock() < self._away_until:
             return 0
         return self._most_here
 
@@ -64,9 +66,12 @@ class DeviceBlocks:
         with self._timed():
             return self._lane.checksums(block_ids)
 
-    def fetch(self, memory: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
-        """Copies blocks of another pool of the same layout, given as its bytes; the checksums of what came, as it was stored."""
-        source = blocks_in(memory, self._pool.layout)
+    def blocks_of(self, memory: torch.Tensor) -> torch.Tensor:
+        """The blocks of another pool of the same layout, given as its bytes, for `fetch`. Made before there is a hurry."""
+        return blocks_in(memory, self._pool.layout).view(torch.int64)
+
+    def fetch(self, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Sums:
+        """Copies blocks of another pool; the checksums of what came, as it was stored."""
         with self._timed():
             return self._lane.fetch(source, source_ids, block_ids)
 

@@ -49,7 +49,9 @@ class Destination:
     def _note(self, first: int, sums: Sums, kept: Sums, is_kept: npt.NDArray[np.bool_]) -> None:
         run = slice(first, first + len(sums))
         kept[run], is_kept[run] = sums, True
-        self._verify(first, self._is_here[run] & self._is_told[run])
+        known = self._is_here[run] & self._is_told[run]
+        if known.any():
+            self._verify(first, known)
 
     def _verify(self, first: int, known: npt.NDArray[np.bool_]) -> None:
         """`known`: of which blocks from `first` on both are."""

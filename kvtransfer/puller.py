@@ -209,7 +209,7 @@ class KvPuller:
             assert peer.mapping is not None, "choosing shm maps the pool"
             return partial(peer.mapping.read, self._blocks.fetch, self._layout.block_bytes)
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
-        return partial(self._blocks.fetch, peer.memory.tensor)
+        return partial(self._blocks.fetch, self._blocks.blocks_of(peer.memory.tensor))
 
     def _result(self, choice: TransportChoice, first_token_id: int, state: PullState) -> PullResult:
         num_bytes = state.num_verified * self._layout.block_bytes

@@ -31,7 +31,7 @@ class Lane:
         on_gpu = pool.is_cuda
         if on_gpu:
             torch.cuda.set_device(pool.device)  # else each call would change the thread's device and change it back
-        self._pool = pool
+        self._pool, self._words = pool, pool.view(torch.int64)
         self._stream = torch.cuda.Stream(pool.device, priority=_HIGH_PRIORITY) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ids = torch.empty(2, MAX_BLOCKS, dtype=torch.int32, pin_memory=on_gpu)
         self._ids_here = self._ids.numpy()
@@ -64,8 +64,8 @@ class Lane:
         """Copies blocks of `source`, a pool that this GPU can read; the checksums of what came, as it was stored."""
         with self._running():
             ids = self._upload(source_ids, block_ids)
-            copy_and_sum_stretches(source, self._pool, ids[0], ids[1], self._room)
-            finish_checksums(self._pool, ids[1], self._room, self._sums)
+            copy_and_sum_stretches(source, self._words, ids[0], ids[1], self._room)
+            finish_checksums(self._words, ids[1], self._room, self._sums)
         return self._checksums(len(block_ids))
 
     def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
@@ -91,8 +91,8 @@ class Lane:
         """The other way; the checksums of what was in the row, as it was stored."""
         with self._running():
             ids = self._upload(block_ids)[0]
-            copy_and_sum_stretches(row, self._pool, None, ids, self._room)
-            finish_checksums(self._pool, ids, self._room, self._sums)
+            copy_and_sum_stretches(row, self._words, None, ids, self._room)
+            finish_checksums(self._words, ids, self._room, self._sums)
         return self._checksums(len(block_ids))
 
     @contextmanager
@@ -118,8 +118,8 @@ class Lane:
 
     def _start_checksums(self, ids: torch.Tensor) -> None:
         """The last kernel writes them where they are read: a copy would be one more thing to wait for."""
-        sum_stretches(self._pool, ids, self._room)
-        finish_checksums(self._pool, ids, self._room, self._sums)
+        sum_stretches(self._words, ids, self._room)
+        finish_checksums(self._words, ids, self._room, self._sums)
 
     def _checksums(self, count: int) -> Sums:
         return self._sums_here[:count].copy()

@@ -129,7 +129,6 @@ def copy_and_sum_stretches(
     source: torch.Tensor, target: torch.Tensor, source_ids: torch.Tensor | None, target_ids: torch.Tensor, room: torch.Tensor
 ) -> None:
     """`copy_blocks` and the first part of `block_checksums` in one: what is summed is what was read of `source`."""
-    assert source.shape[1:] == target.shape[1:] and source.dtype == target.dtype
     _launch_sums(source, target, source_ids, target_ids, room, copies=True)
 
 
@@ -142,12 +141,13 @@ def _launch_sums(
     *,
     copies: bool,
 ) -> None:
+    source, target = _words(source), _words(target)
+    assert source.shape[1:] == target.shape[1:]
     count, num_stretches, from_ids = ids.shape[0], _stretches(source), source_ids is not None
     if count:
         launch(
             _sum_stretches_kernel, (count, triton.cdiv(num_stretches, _STRETCHES)),
-            [source.view(torch.int64), target.view(torch.int64), ids if source_ids is None else source_ids, ids,
-             _constants(target.device), room],
+            [source, target, ids if source_ids is None else source_ids, ids, _constants(target.device), room],
             (num_stretches, copies, from_ids, xxh3.LAST_KEYS, _STRETCHES), num_warps=4,
         )  # fmt: skip
 
@@ -162,6 +162,11 @@ def finish_checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Te
             (num_stretches, num_stretches * xxh3.STRETCH_BYTES, xxh3.SCRAMBLE_KEYS, xxh3.MERGE_KEYS, xxh3.STARTS, _AHEAD),
             num_warps=1,
         )  # fmt: skip
+
+
+def _words(pool: torch.Tensor) -> torch.Tensor:
+    """A view costs as much as a launch; who calls often makes it once."""
+    return pool if pool.dtype is torch.int64 else pool.view(torch.int64)
 
 
 def _stretches(pool: torch.Tensor) -> int:

@@ -19,9 +19,7 @@ block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
 def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """References stand in for the kernels, since the interpreter takes one thread at a time."""
     monkeypatch.setattr(device_lane, "copy_blocks", block_copy.copy_blocks_reference)
-    monkeypatch.setattr(
-        device_lane, "copy_and_sum_stretches", lambda *places_and_room: block_copy.copy_blocks_reference(*places_and_room[:4])
-    )
+    monkeypatch.setattr(device_lane, "copy_and_sum_stretches", _copies)
     monkeypatch.setattr(device_lane, "sum_stretches", lambda pool, block_ids, room: None)
     monkeypatch.setattr(device_lane, "finish_checksums", _checksums)
     return install(monkeypatch)
@@ -32,6 +30,12 @@ def gpu_pool(layout: KvLayout, num_blocks: int, number: int = 0) -> KvPool:
     memory = DeviceMemory(num_blocks * layout.block_bytes, torch.device("cpu", number))
     memory.exported = as_of_another_process(memory.exported)
     return KvPool.over(layout, memory)
+
+
+def _copies(
+    source: torch.Tensor, target: torch.Tensor, source_ids: torch.Tensor | None, target_ids: torch.Tensor, room: torch.Tensor
+) -> None:
+    block_copy.copy_blocks_reference(source.view(torch.int64), target.view(torch.int64), source_ids, target_ids)
 
 
 def _checksums(pool: torch.Tensor, block_ids: torch.Tensor, room: torch.Tensor, out: torch.Tensor) -> None:
