@@ -46,22 +46,24 @@ inline void add_columns(const int16_t* weights, const int8_t* values, int count,
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; i++) totals[h][i] = load(sums + h * head_dim + i * LANES);
-    for (int t = 0; t < count; t += 2) {
-        ahead.ask(2 * WIDTH * (LANES + sizeof(float)));
-        const int8_t *first = values + t * head_dim, *second = t + 1 < count ? first + head_dim : first;
+    const auto add = [&](const int8_t* first, const int8_t* second, auto pair_of) {
         Shorts pairs[HEADS];
 #pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) {
-            const int16_t* pair = weights + h * SCORES_STRIDE + t;
-            pairs[h] = splat_pair(t + 1 < count ? load_word(pair) : uint16_t(*pair));
-        }
+        for (int h = 0; h < HEADS; h++) pairs[h] = splat_pair(pair_of(weights + h * SCORES_STRIDE));
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; i++) {
             const Shorts value = interleave(first + i * LANES, second + i * LANES);
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) totals[h][i] = multiply_add(value, pairs[h], totals[h][i]);
         }
+    };
+    int t = 0;
+    for (; t + 2 <= count; t += 2) {
+        ahead.ask(2 * WIDTH * (LANES + sizeof(float)));
+        const int8_t* line = values + t * head_dim;
+        add(line, line + head_dim, [=](const int16_t* row) { return load_word(row + t); });
     }
+    if (t < count) add(values + t * head_dim, values + t * head_dim, [=](const int16_t* row) { return int32_t(uint16_t(row[t])); });
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4

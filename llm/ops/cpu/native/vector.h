@@ -26,11 +26,17 @@ inline Floats load(const float* source) {
     return value;
 }
 
-// bfloat16, which is the upper half of a float.
+// bfloat16, which is the upper half of a float. Widened by one instruction; compilers make five of a conversion.
 inline Floats load(const uint16_t* source) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)source)), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)source)), 16);
+#else
     Halves halves;
     std::memcpy(&halves, source, sizeof halves);
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 // The first `count` values, and zeros.
