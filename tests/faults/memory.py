@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,13 +11,13 @@ MAX_GROWTH_MIB = 1.0
 """Per 1,000 requests."""
 WARM_UP_REQUESTS = 2000
 """What a process gains until then is not judged: caches fill up to their bounds (2,000 spans are remembered), and allocators keep
-what the busiest moment needed. Of a long life the first half is not judged either, so that the longer a run the surer its word."""
-MEASURED_REQUESTS = 2000
-"""Fewer tell a leak of the allowed size from a step of an allocator no more: those are of 1 MiB, and more than one a time."""
-MORE_AT_ONCE = 50
+what the busiest moment needed. Of a long life the first third is not judged either, so that the longer a run the surer its word."""
+MEASURED_REQUESTS = 4000
+"""Fewer tell a leak of the allowed size no more from what is allocated once, such as 2 MB while others were frozen."""
+MORE_AT_ONCE = 100
 """Than ever before: from then on memory is judged anew. Each request that runs takes some 20 KB in the gateway, and what they took
 at the busiest moment allocators keep."""
-SOAK_REQUESTS = 5000
+SOAK_REQUESTS = 7000
 """A run of so many in which nobody's memory could be judged is void."""
 BIN_REQUESTS = 50
 """Of each such stretch the least counts. What runs at the same time comes and goes; what leaks stays."""
@@ -58,7 +60,7 @@ def _judged(life: Sequence[Sample]) -> Sequence[Sample]:
     """The part after the warm-up."""
     born, end, most = life[0].requests, life[-1].requests, max(sample.running for sample in life)
     busy = next(sample.requests for sample in life if sample.running >= most - MORE_AT_ONCE)
-    begin = max(busy, born + max(WARM_UP_REQUESTS, (end - born) // 2))
+    begin = max(busy, born + max(WARM_UP_REQUESTS, (end - born) // 3))
     return [sample for sample in life if sample.requests >= begin]
 
 
@@ -73,10 +75,10 @@ def _floor(part: Sequence[Sample]) -> list[tuple[float, float]]:
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """By least squares; None if the points lie too close together to mean anything."""
+    """The median over all pairs of points (Theil and Sen): what happens once does not count, what goes on does.
+
+    None if the points lie too close together to mean anything.
+    """
     if len(points) < FEWEST_POINTS or 1000 * (points[-1][0] - points[0][0]) < MEASURED_REQUESTS:
         return None
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    return statistics.median((y - before) / (x - earlier) for (earlier, before), (x, y) in itertools.combinations(points, 2))

@@ -106,7 +106,7 @@ def _lose_count(run: Run) -> None:
 
 
 def _grow(run: Run) -> None:
-    run.samples = [Sample("gateway", 1, 50 * step, (100 + step) << 20) for step in range(100)]
+    run.samples = [Sample("gateway", 1, 50 * step, (100 + step) << 20) for step in range(150)]
 
 
 def _idle_load(run: Run) -> None:
