@@ -10,7 +10,9 @@ what the matrix product rounds up to anyway. Larger prefill steps keep the devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import le
@@ -145,12 +147,13 @@ class StepGraphs:
     def capture(self, sizes: Iterable[GraphSize], captured: Callable[[GraphSize], None]) -> None:
         """The largest first: its memory serves the smaller ones too. Each is run once before, for kernels compile then."""
         pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
-            batch = self.inputs.batch(size)
-            graph, logits = _captured(lambda batch=batch: self._step(batch), pool)  # type: ignore[misc]
-            self._graphs[size] = graph, logits
-            self.drawing.capture(logits, lambda function: _captured(function, pool)[0])
-            captured(size)
+        with _without_collection():
+            for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
+                batch = self.inputs.batch(size)
+                graph, logits = _captured(lambda batch=batch: self._step(batch), pool)  # type: ignore[misc]
+                self._graphs[size] = graph, logits
+                self.drawing.capture(logits, lambda function: _captured(function, pool)[0])
+                captured(size)
         self._ascending = sorted(self._graphs, key=lambda size: size.rows)
 
     def holds(self, arrays: Mapping[str, Integers]) -> bool:
@@ -172,6 +175,19 @@ class StepGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage may hold graphs of a runner that is gone, and to destroy one breaks the capture that is under way."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _captured(function: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph | QuietGraph, Result]:
