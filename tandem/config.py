@@ -29,6 +29,7 @@ KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
         "TANDEM_MODEL",
         "TANDEM_DEVICE",
         "TANDEM_DTYPE",
+        "TANDEM_KV_DTYPE",
         "TANDEM_WEIGHTS",
         "TANDEM_RESUME_WAIT_S",
         "TANDEM_THREADS",
