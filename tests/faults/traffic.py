@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from tandem.api.v1 import generation_pb2, generation_pb2_grpc
 from tandem.errors import from_rpc_error
@@ -140,17 +138,11 @@ async def converse(channel: grpc.aio.Channel, asked: Asked, record: Record) -> N
         failure = from_rpc_error(error)
         record.ended, record.code = time.monotonic(), error.code().name
         record.reason, record.message = failure.reason.value, failure.message
-        record.has_retry_info = has_retry_info(error)
+        record.has_retry_info = failure.retry_after_s is not None
     except asyncio.CancelledError:
         if asked.cancel_after is None:  # the run is over, and this request is not
             raise
         record.ended, record.code = time.monotonic(), "CANCELLED"
-
-
-def has_retry_info(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the client was told when to come again."""
-    status = rpc_status.from_call(error)
-    return status is not None and any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
 
 
 def note(record: Record, response: generation_pb2.GenerateResponse) -> None:
