@@ -57,6 +57,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
             threads=weights.threads or None,
+            itl_target_ms=weights.itl_target_ms,
             gpu=gpu_settings(device, settings.batch_on(device)),
         )
         files = resolve_model(settings.model)

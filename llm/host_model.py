@@ -21,6 +21,9 @@ from llm.ops.operations import HostOperations, TorchOperations
 
 logger = logging.getLogger(__name__)
 
+ITL_TARGET_MS = 200
+"""Between two tokens of a sequence while prompts are computed on the same cores."""
+
 
 class HostModel(Protocol):
     """A model whose steps are complete when they return."""
@@ -55,9 +58,13 @@ def make_host_model(
     tensors: Mapping[str, torch.Tensor],
     threads: int,
     cache_directory: Path,
+    *,
     kv_dtype: KvDtype = "bfloat16",
+    itl_target_ms: int = ITL_TARGET_MS,
 ) -> HostModel:
     """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile.
+
+    `itl_target_ms`: within it, others on the same cores get a turn while this model is in a long step; 0 takes no turns.
 
     Raises UnsupportedModelError for packed weights and int8 KV where there is no native step for the model.
     """
@@ -65,11 +72,11 @@ def make_host_model(
     library = native_library(cache_directory)
     if library is not None:
         from llm.ops.cpu.native.model import NativeModel, refusal
-        from llm.ops.cpu.native.turns import Turns, shared_path
+        from llm.ops.cpu.native.turns import open_turns
 
         refused = refusal(config, tensors)
         if refused is None:
-            return NativeModel(config, tensors, library, threads, Turns(library, shared_path()))
+            return NativeModel(config, tensors, library, threads, open_turns(library, itl_target_ms))
         reason = f"it does not take this model: {refused}"
         logger.info("no native step: %s", reason)
     if any(name.endswith(".values") for name in tensors):

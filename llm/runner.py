@@ -14,7 +14,7 @@ from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.settings import GpuSettings
-from llm.host_model import HostModel, SteppedModel, make_host_model, native_library, num_threads
+from llm.host_model import ITL_TARGET_MS, HostModel, SteppedModel, make_host_model, native_library, num_threads
 from llm.kv.layout import KvDtype, KvWish
 from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
@@ -37,6 +37,8 @@ class RunnerSettings:
     kv_dtype: KvWish = "auto"
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
+    itl_target_ms: int = ITL_TARGET_MS
+    """Most time between two tokens of a sequence that prompts on the same cores should cause; 0: compute without turns."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
     """Where converted weights are kept."""
     gpu: GpuSettings | None = None
@@ -166,8 +168,14 @@ def _make_model(
         return SteppedModel(config, tensors, TorchOperations())
     with _compiling(settings, progress):
         progress(0.0, "preparing kernels")
-        threads, kv_dtype = num_threads(settings.threads), settings.told_kv_dtype
-        return make_host_model(config, tensors, threads, settings.cache_directory, kv_dtype)
+        return make_host_model(
+            config,
+            tensors,
+            num_threads(settings.threads),
+            settings.cache_directory,
+            kv_dtype=settings.told_kv_dtype,
+            itl_target_ms=settings.itl_target_ms,
+        )
 
 
 def _compiling(settings: RunnerSettings, progress: Progress) -> AbstractContextManager[None]:

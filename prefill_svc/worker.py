@@ -59,6 +59,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
             threads=weights.threads or None,
+            itl_target_ms=weights.itl_target_ms,
             gpu=gpu_settings(device, settings.max_prompts),
         )
         files = resolve_model(settings.model)

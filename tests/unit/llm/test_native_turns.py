@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm.ops.cpu.native import library, turns
-from llm.ops.cpu.native.turns import SLICE_S, Turns
+from llm.ops.cpu.native.slices import LEAST_S, SHARE, Slices
+from llm.ops.cpu.native.turns import Turns, open_turns
 from tandem.models import cache_directory
 from tests.fakes.clock import Clock
 from tests.faults.clock import WallClocks, compiler
@@ -25,8 +28,12 @@ def native() -> Any:
     return library.load(cache_directory())
 
 
+def _turns(native: Any, path: Path, clock: Callable[[], float] = time.monotonic) -> Turns:
+    return Turns(native, path, Slices(0.2), clock)
+
+
 def test_a_turn_keeps_others_out_until_it_ends(native: Any, tmp_path: Path) -> None:
-    mine, theirs = (Turns(native, tmp_path / "turns") for _ in range(2))
+    mine, theirs = (_turns(native, tmp_path / "turns") for _ in range(2))
     entered, ended = threading.Event(), []
 
     def take() -> None:
@@ -44,7 +51,7 @@ def test_a_turn_keeps_others_out_until_it_ends(native: Any, tmp_path: Path) -> N
 
 def test_a_long_step_lets_others_in_between(native: Any, tmp_path: Path) -> None:
     clock, order = Clock(), []
-    mine, theirs = Turns(native, tmp_path / "turns", clock), Turns(native, tmp_path / "turns")
+    mine, theirs = _turns(native, tmp_path / "turns", clock), _turns(native, tmp_path / "turns")
 
     def take() -> None:
         with theirs.turn():
@@ -57,16 +64,48 @@ def test_a_long_step_lets_others_in_between(native: Any, tmp_path: Path) -> None
             pass
         mine.pass_on()
         order.append("too early")
-        clock.now += 2 * SLICE_S
+        clock.now += 2 * LEAST_S
         mine.pass_on()
         order.append("mine again")
     other.join(10)
     assert order == ["too early", "theirs", "mine again"]
 
 
+def test_slices_grow_with_what_others_take(native: Any, tmp_path: Path) -> None:
+    clock, order = Clock(), []
+    mine, theirs = _turns(native, tmp_path / "turns", clock), _turns(native, tmp_path / "turns")
+
+    def take() -> None:
+        with theirs.turn():
+            clock.now += LEAST_S
+            order.append("theirs")
+
+    def pass_on_after(mine_s: float) -> None:
+        clock.now += mine_s
+        mine.pass_on()
+        order.append("mine")
+
+    with mine.turn():
+        for waits_s in ((1.2 * LEAST_S,), (1.2 * LEAST_S, SHARE * LEAST_S)):
+            other = threading.Thread(target=take)
+            other.start()
+            while not native.tandem_turn_is_wanted(mine._turns):
+                pass
+            for mine_s in waits_s:
+                pass_on_after(mine_s)
+            other.join(10)
+    assert order == ["theirs", "mine", "mine", "theirs", "mine"]
+
+
+def test_without_a_target_there_are_no_turns(native: Any) -> None:
+    told = open_turns(native, 200)
+    assert told is not None and told.shared
+    assert open_turns(native, 0) is None
+
+
 def test_who_waits_too_long_goes_ahead_and_distrusts_for_a_while(native: Any, tmp_path: Path) -> None:
     clock = Clock()
-    stopped, mine = Turns(native, tmp_path / "turns"), Turns(native, tmp_path / "turns", clock)
+    stopped, mine = _turns(native, tmp_path / "turns"), _turns(native, tmp_path / "turns", clock)
     taken, over = threading.Event(), threading.Event()
 
     def stop_in_turn() -> None:
@@ -94,9 +133,10 @@ WAIT_FOR_A_TURN = """
 import sys, threading, time
 from pathlib import Path
 from llm.ops.cpu.native import library, turns
+from llm.ops.cpu.native.slices import Slices
 from llm.ops.cpu.native.turns import Turns
 from tandem.models import cache_directory
-theirs, mine = (Turns(library.load(cache_directory()), Path(sys.argv[1])) for _ in range(2))
+theirs, mine = (Turns(library.load(cache_directory()), Path(sys.argv[1]), Slices(0.2)) for _ in range(2))
 sys.stdin.readline()
 with theirs.turn():
     began = time.monotonic()
@@ -120,7 +160,7 @@ def test_a_wait_is_as_long_when_the_wall_clock_jumps(native: Any, tmp_path: Path
 
 
 def _take_and_die(path: Path) -> None:
-    turns = Turns(library.load(cache_directory()), path)
+    turns = _turns(library.load(cache_directory()), path)
     turns._take()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -130,7 +170,7 @@ def test_a_process_that_dies_in_its_turn_holds_nobody_up(native: Any, tmp_path: 
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    mine = Turns(native, tmp_path / "turns")
+    mine = _turns(native, tmp_path / "turns")
     for _ in range(2):
         with mine.turn():
             assert mine._mine
@@ -140,14 +180,14 @@ def test_a_process_that_dies_in_its_turn_holds_nobody_up(native: Any, tmp_path: 
 def test_memory_of_another_version_is_left_alone(native: Any, tmp_path: Path, size: int) -> None:
     """To touch it beyond its end would end the process."""
     (tmp_path / "turns").write_bytes(bytes(size))
-    mine = Turns(native, tmp_path / "turns")
+    mine = _turns(native, tmp_path / "turns")
     assert not mine.shared
     with mine.turn():
         assert not mine._mine
 
 
 def test_without_shared_memory_steps_run_as_they_come(native: Any, tmp_path: Path) -> None:
-    mine = Turns(native, tmp_path / "missing" / "turns")
+    mine = _turns(native, tmp_path / "missing" / "turns")
     with mine.turn():
         mine.pass_on()
         assert not mine._mine
