@@ -31,7 +31,7 @@ from bench.serve import Server, connected
 from bench.suite import SuiteFacts, describe, own_suite
 from bench.tandem_client import TandemClient
 from llm.weight_format import FORMATS
-from tandem.compute import num_usable_cores
+from tandem.cores import num_usable_cores
 from tandem.models import DEFAULT_MODEL, ModelError, ModelFiles, resolve_model
 
 # On a CPU even the longest first request is short beside what is measured.

@@ -19,7 +19,7 @@ from rich.table import Table
 from bench.cpu_kernel_library import FORMATS, Kernels, Layers
 from bench.cpu_torch import torch_best
 from bench.options import new_parser
-from tandem.compute import num_usable_cores
+from tandem.cores import num_usable_cores
 
 SMOLLM2_LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 SMOLLM2_HEAD = (49_152, 576)

@@ -27,7 +27,7 @@ from llm.kv.pool import blocks_in
 from llm.ops.cpu.native.model import NativeModel
 from llm.weight_format import FORMATS, WeightFormat
 from llm.weights import WeightRequest, load_tensors
-from tandem.compute import num_usable_cores
+from tandem.cores import num_usable_cores
 from tandem.models import DEFAULT_MODEL, cache_directory, resolve_model
 
 _PAGE = 16

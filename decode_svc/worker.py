@@ -20,6 +20,7 @@ from llm.startup import LoadedModel, load_model
 from tandem.addresses import target
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
+from tandem.compute import num_threads
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
@@ -56,7 +57,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
             dtype=weights.dtype,
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
-            threads=weights.threads or None,
+            threads=num_threads(weights),
             itl_target_ms=weights.itl_target_ms,
             gpu=gpu_settings(device, settings.batch_on(device)),
         )

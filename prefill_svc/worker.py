@@ -21,6 +21,7 @@ from prefill_svc.service import PrefillServicer
 from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port, target
 from tandem.api.v1 import operations_pb2
+from tandem.compute import num_threads
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
@@ -58,7 +59,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
             dtype=weights.dtype,
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
-            threads=weights.threads or None,
+            threads=num_threads(weights),
             itl_target_ms=weights.itl_target_ms,
             gpu=gpu_settings(device, settings.max_prompts),
         )

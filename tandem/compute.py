@@ -2,13 +2,14 @@
 
 import os
 
+from tandem.cores import num_usable_cores
 from tandem.models import cache_directory
 from tandem.worker_settings import WeightSettings
 
 
-def num_usable_cores() -> int:
-    """Those that this process may use; all of them where the system sets no such limits."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_threads(weights: WeightSettings) -> int:
+    """As many as were asked for, or one for each core that this process gets the time of."""
+    return weights.threads or num_usable_cores()
 
 
 def prepare_compute(weights: WeightSettings) -> None:
@@ -17,7 +18,7 @@ def prepare_compute(weights: WeightSettings) -> None:
     Idle OpenMP threads spin for some 200 µs, longer than the gaps within a step: starting a kernel costs 2.5 µs while they spin and
     100 to 200 µs once they sleep, but two workers that share cores pay for every longer spin of the other.
     """
-    threads = str(weights.threads or num_usable_cores())
+    threads = str(num_threads(weights))
     defaults = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

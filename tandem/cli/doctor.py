@@ -19,7 +19,7 @@ from tandem.cli.devices import TorchReport, cpu_features, torch_report
 from tandem.cli.handoff_check import handoff_reports
 from tandem.cli.terminal import output
 from tandem.cli.versions import DISTRIBUTION, installed
-from tandem.compute import num_usable_cores
+from tandem.cores import num_usable_cores
 from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
 
 Mark = Literal["ok", "warn", "missing"]

@@ -21,7 +21,7 @@ from tandem.cli.client import exit_on_error
 from tandem.cli.corpus import Corpus, find_corpus, read_corpus
 from tandem.cli.pull import fetch
 from tandem.cli.terminal import CommandError, notes, output
-from tandem.compute import prepare_compute
+from tandem.compute import num_threads, prepare_compute
 from tandem.worker_settings import WeightSettings
 
 _BYTES_A_TOKEN = 8
@@ -41,12 +41,16 @@ class EvalOptions:
     threads: int | None = None
     as_json: bool = False
 
+    @property
+    def compute(self) -> WeightSettings:
+        return WeightSettings(threads=self.threads or 0)
+
 
 def run_eval(options: EvalOptions) -> None:
     with exit_on_error():
         corpus = find_corpus() if options.text is None else read_corpus(options.text)
         fetch(options.model)
-        prepare_compute(WeightSettings(threads=options.threads or 0))
+        prepare_compute(options.compute)
         tokens = _tokens(options, corpus)
         results = list(_results(options, tokens))
         about = {"model": options.model, "text": corpus.name, "tokens": len(tokens), "window": options.window_tokens}
@@ -72,7 +76,7 @@ def _tokens(options: EvalOptions, corpus: Corpus) -> list[int]:
 
 
 def _results(options: EvalOptions, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    flags = ("--model", options.model, "--window", str(options.window_tokens), "--threads", str(options.threads or 0))
+    flags = ("--model", options.model, "--window", str(options.window_tokens), "--threads", str(num_threads(options.compute)))
     command = (*_module("decode_svc.verify_quality"), *flags, "--kv-dtype", options.kv_dtype, "--weights", *options.weights)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaints:
         given.write(json.dumps(tokens).encode())

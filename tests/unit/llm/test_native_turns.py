@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,25 @@ def test_without_a_target_there_are_no_turns(native: Any) -> None:
     told = open_turns(native, 200)
     assert told is not None and told.shared
     assert open_turns(native, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "together"),
+    [
+        ((0, 1), (0, 1), True),  # a laptop
+        (range(32), range(32), True),  # one processor
+        (range(16), range(16, 32), False),  # a node each, by numactl
+        ((0,), (1,), False),  # pinned
+    ],
+)
+def test_turns_are_taken_among_workers_on_the_same_cores(
+    mine: Iterable[int], theirs: Iterable[int], together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = []
+    for cores in (mine, theirs):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(cores), raising=False)
+        paths.append(turns.shared_path())
+    assert (paths[0] == paths[1]) == together
 
 
 def test_who_waits_too_long_goes_ahead_and_distrusts_for_a_while(native: Any, tmp_path: Path) -> None:
