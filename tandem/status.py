@@ -72,18 +72,24 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
         self._maximum_interval_s = maximum_interval_s
         self._sleep = sleep
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._state = object()
+        """Another one after each change."""
         self._changed = asyncio.Event()
+        self._num_waiting = 0
         self._wake_is_due = False
         self._sequence_number = 0
 
     def changed(self) -> None:
         """Says that the state has changed; from any thread, and cheap enough for every step of an engine."""
-        loop = self._loop
-        if loop is None or self._wake_is_due or loop.is_closed():
+        self._state = object()
+        # Who begins to wait just now looks at the state after it is counted. Other lost races only cost a second wake-up: the flag
+        # is cleared on the loop before the state is read.
+        if self._num_waiting == 0 or self._wake_is_due:
             return
-        # Lost races only cost a second wake-up: the flag is cleared on the loop before the state is read.
-        self._wake_is_due = True
-        loop.call_soon_threadsafe(self._wake)
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            self._wake_is_due = True
+            loop.call_soon_threadsafe(self._wake)
 
     async def Watch(
         self, request: status_pb2.WatchRequest, context: grpc.aio.ServicerContext
@@ -91,14 +97,26 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
         """One state at once, then after changes, at most every `minimum_interval_s` and at least every `maximum_interval_s`."""
         self._loop = asyncio.get_running_loop()
         while True:
-            changed = self._changed
+            told = self._state
             yield self._response()
             await self._sleep(self._minimum_interval_s)
-            await _wait(changed, self._maximum_interval_s - self._minimum_interval_s)
+            await self._until_changed(told, self._maximum_interval_s - self._minimum_interval_s)
 
     async def GetSpans(self, request: status_pb2.GetSpansRequest, context: grpc.aio.ServicerContext) -> status_pb2.GetSpansResponse:
         """The remembered spans of a trace; INVALID_ARGUMENT unless its id is 32 lower-case hexadecimal digits."""
         return status_pb2.GetSpansResponse(spans=recent_spans(request.trace_id))
+
+    async def _until_changed(self, told: object, timeout_s: float) -> None:
+        changed = self._changed
+        self._num_waiting += 1
+        try:
+            if self._state is told:
+                async with asyncio.timeout(timeout_s):
+                    await changed.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._num_waiting -= 1
 
     def _wake(self) -> None:
         self._wake_is_due = False
@@ -131,11 +149,3 @@ class StatusServicer(status_pb2_grpc.WorkerStatusServiceServicer):
             requests=operations_pb2.RequestCounts(**vars(snapshot.requests)),
             handoff=snapshot.handoff,
         )
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return

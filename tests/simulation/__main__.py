@@ -1,10 +1,13 @@
-"""`python -m tests.simulation`: many seeds and a verdict, or one seed with its log."""
+"""`python -m tests.simulation`: many seeds and a verdict, or one scenario with its log."""
 
 import argparse
 import os
 import sys
 
-from tests.simulation import campaign, worker
+from tests.simulation import campaign, checks, regressions, worker
+from tests.simulation.draw import scenario
+from tests.simulation.regressions import Regression
+from tests.simulation.scenario import Scenario
 
 
 def main() -> int:
@@ -14,7 +17,14 @@ def main() -> int:
         worker.serve(arguments.without)
         return 0
     if arguments.seed is not None:
-        return _replay(arguments.seed, arguments.without)
+        _with_sets_in_order()
+        return _replay(scenario(arguments.seed), arguments.without, arguments.record)
+    if arguments.regression:
+        _with_sets_in_order()
+        return max(_replay(each, arguments.without) for each in regressions.load(arguments.regression).scenarios)
+    if arguments.regressions or arguments.noticed:
+        _with_sets_in_order()
+        return checks.regressions_hold() if arguments.regressions else checks.noticed(arguments.noticed)
     plan = campaign.Plan(
         first=arguments.first,
         num_seeds=arguments.seeds,
@@ -33,21 +43,36 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="how many processes run them")
     parser.add_argument("--limit-s", type=float, help="begin no further seeds after so many seconds")
     parser.add_argument("--seed", type=int, help="replay one seed with its log")
+    parser.add_argument(
+        "--record", metavar="NAME", help="with --seed, if it fails: keep what it asks for as a regression of that name"
+    )
+    parser.add_argument("--regression", metavar="NAME", help="replay a regression with its log")
+    parser.add_argument("--regressions", action="store_true", help="run all regressions, a line for each")
+    parser.add_argument(
+        "--noticed", nargs="+", metavar="NAME=SEED", help="take each protection away: does a seed from that on notice?"
+    )
     parser.add_argument("--without", default="", help="take a protection away, by its name in mutations.py")
     parser.add_argument("--stop-after", type=int, default=10, help="failing seeds after which to stop")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _replay(seed: int, without: str) -> int:
+def _with_sets_in_order() -> None:
+    """Sets of strings would be in another order in every process."""
     if os.environ.get("PYTHONHASHSEED") != "0":
-        # Sets of strings would be in another order in every process.
         os.execve(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
-    outcome = worker.replay(seed, without)
+
+
+def _replay(wanted: Scenario, without: str, record: str = "") -> int:
+    outcome = worker.replay(wanted, without)
     requests, faults = campaign.counts(outcome.requests), campaign.counts(outcome.injected)
-    print(f"\nseed {seed}: {outcome.num_events} events, digest {outcome.digest:016x}; requests: {requests}; faults: {faults}")
+    print(
+        f"\nseed {wanted.seed}: {outcome.num_events} events, digest {outcome.digest:016x}; requests: {requests}; faults: {faults}"
+    )
     for violation in outcome.violations:
         print(f"  violated {violation}")
+    if record and outcome.violations:
+        print(f"recorded in {regressions.record(record, Regression(outcome.violations[0], (wanted.seed,), wanted))}")
     return 1 if outcome.violations else 0
 
 

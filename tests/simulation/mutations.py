@@ -1,6 +1,7 @@
 """Protections of the product, each taken away by a name, so that the simulation can be seen to notice: `--without NAME`."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,15 @@ import gateway.attempt
 import kvtransfer.fence
 import kvtransfer.intake
 import kvtransfer.ledger
+import kvtransfer.mapped_file
+import kvtransfer.mapping
 import prefill_svc.engine
 import prefill_svc.fairness
 import tandem.interceptor
+import tandem.pacer
 from decode_svc.batcher import DecodeBatcher, Stage
+from kvtransfer.mapped_file import InvisibleProcessError, UnmappableError
+from kvtransfer.producer import KvProducer
 from tests.simulation import threads
 from tests.simulation.seams import Seams
 
@@ -106,10 +112,46 @@ def cancelled_calls_are_counted(seams: Seams) -> None:
     seams.set(tandem.interceptor.Interceptor, "_serve", serve)
 
 
+def pauses_are_bounded(seams: Seams) -> None:
+    """The pause before a step is as long as steps are foretold to take."""
+    seams.set(tandem.pacer, "_LONGEST_PAUSE_S", math.inf)
+
+
+def moving_tickets_are_progress(seams: Seams) -> None:
+    """A prompt that waits for blocks is stalled, whatever happens to the tickets that hold them."""
+    seams.set(KvProducer, "num_moves", property(lambda self: 0))
+
+
+def no_ticket_after_the_end(seams: Seams) -> None:
+    """A prompt that has ended is granted a ticket of the blocks that it had."""
+
+    def share(self: Any, job: Any) -> bool:
+        with self._lock:
+            self._allocator.share(job.prompt.block_ids)
+        return True
+
+    seams.set(prefill_svc.engine.PrefillEngine, "share", share)
+
+
+def ended_producers_are_an_interruption(seams: Seams) -> None:
+    """A producer whose memory is no more counts as one of another suite."""
+    before = kvtransfer.mapped_file.map_file
+
+    def mapped(file: Any) -> Any:
+        try:
+            return before(file)
+        except InvisibleProcessError as error:
+            raise UnmappableError(str(error)) from error
+
+    for module in (kvtransfer.fence, kvtransfer.mapping):
+        seams.set(module, "map_file", mapped)
+
+
 MUTATIONS: dict[str, Callable[[Seams], None]] = {
     each.__name__: each
     for each in (
         *(blocks_kept_under_a_step, resume_after_the_last_token, blocks_freed_after_a_cancel, checksums),
         *(generations, short_prompts_first, leases_by_the_monotonic_clock, cancelled_calls_are_counted),
+        *(pauses_are_bounded, moving_tickets_are_progress, no_ticket_after_the_end, ended_producers_are_an_interruption),
     )
 }

@@ -16,7 +16,7 @@ from tests.simulation.disturber import Disturber
 from tests.simulation.judge import judged, overtaken
 from tests.simulation.loop import START_S, SimulatedLoop, Violation
 from tests.simulation.records import Records
-from tests.simulation.scenario import Scenario, Wish, scenario
+from tests.simulation.scenario import Scenario, Wish
 from tests.simulation.worker import PRODUCT_LOGGERS, Outcome
 from tests.simulation.world import World
 
@@ -26,9 +26,9 @@ UNREAD_MESSAGES = 2
 """That a slow client's window lets through."""
 
 
-def run(seed: int, *, verbose: Callable[[str], None] | None = None) -> Outcome:
-    """Simulates the seed's scenario; product modules must be simulated ones."""
-    return Simulation(scenario(seed), verbose).run()
+def run(wanted: Scenario, *, verbose: Callable[[str], None] | None = None) -> Outcome:
+    """Simulates a scenario; product modules must be simulated ones."""
+    return Simulation(wanted, verbose).run()
 
 
 class Simulation:

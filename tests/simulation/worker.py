@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tests.simulation.large_pages import use_large_pages
+from tests.simulation.scenario import Scenario
 
 PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer", "llm")
 
@@ -61,8 +62,8 @@ def simulated(without: str = "") -> Iterator[None]:
         yield
 
 
-def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
-    """Of one seed after the other; within `simulated`.
+def outcomes(scenarios: Iterable[Scenario]) -> Iterator[Outcome]:
+    """Of one after the other; within `simulated`.
 
     What a seed leaves behind is full of cycles. It is collected at once, so that the next one finds the same memory in the
     processor's caches; the modules, which stay, are left out of that.
@@ -72,8 +73,8 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
     gc.disable()
     gc.collect()
     gc.freeze()
-    for index, seed in enumerate(seeds):
-        yield run(seed)
+    for index, wanted in enumerate(scenarios):
+        yield run(wanted)
         gc.collect()
         if index + 1 == WARM_UP_SEEDS:
             use_large_pages()
@@ -81,11 +82,13 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
 
 def serve(without: str) -> None:
     """Runs the ranges of seeds that come in by standard input, a line "first count" each, and prints a line for each seed."""
+    from tests.simulation.draw import scenario
+
     logging.disable(logging.WARNING)
     gc.disable()  # modules come to stay
     with simulated(without):
         print(READY, end="", flush=True)
-        for outcome in outcomes(_asked_for()):
+        for outcome in outcomes(map(scenario, _asked_for())):
             print(outcome.to_json(), flush=True)
 
 
@@ -95,11 +98,11 @@ def _asked_for() -> Iterator[int]:
         yield from range(first, first + count)
 
 
-def replay(seed: int, without: str) -> Outcome:
-    """One seed, with a log of all that happens."""
+def replay(wanted: Scenario, without: str) -> Outcome:
+    """With a log of all that happens."""
     from tests.simulation.simulation import run
 
     for name in PRODUCT_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
     with simulated(without):
-        return run(seed, verbose=print)
+        return run(wanted, verbose=print)

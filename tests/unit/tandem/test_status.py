@@ -128,17 +128,31 @@ async def test_a_change_reported_by_another_thread_wakes_every_watcher():
         await states.aclose()
 
 
-async def test_many_changes_cost_the_loop_one_wake_up(monkeypatch):
+def num_wakes(worker, monkeypatch):
+    """That a hundred changes cost the loop."""
+    wakes = []
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", wakes.append)
+        for _ in range(100):
+            worker.servicer.changed()
+    return len(wakes)
+
+
+async def test_many_changes_cost_the_loop_one_wake_up_and_none_before_somebody_waits(monkeypatch):
     worker = Worker()
     states = worker.watch()
     await anext(states)
-    wakes = []
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "call_soon_threadsafe", wakes.append)
-    for _ in range(100):
-        worker.servicer.changed()
-    monkeypatch.undo()
-    assert len(wakes) == 1
+    following = asyncio.ensure_future(anext(states))
+    await turns()
+    assert num_wakes(worker, monkeypatch) == 0
+    worker.go.set()
+    assert (await following).sequence_number == 2
+    waiting = asyncio.ensure_future(anext(states))
+    await turns()
+    assert num_wakes(worker, monkeypatch) == 1
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert num_wakes(worker, monkeypatch) == 0
     await states.aclose()
 
 
