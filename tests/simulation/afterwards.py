@@ -12,6 +12,7 @@ from tandem.interceptor import OBSERVERS
 from tests.simulation.clients import Record
 from tests.simulation.node import Node
 from tests.simulation.scenario import Fault
+from tests.simulation.until import until
 from tests.simulation.world import World
 
 QUIESCE_S = 15.0
@@ -28,13 +29,14 @@ class Afterwards:
 
     async def until_quiet(self) -> None:
         """I3: everything comes back by itself."""
-        world, deadline = self._world, self._world.loop.time() + QUIESCE_S
-        while (held := self._held()) and world.loop.time() < deadline:  # noqa: ASYNC110 - of many objects
-            await asyncio.sleep(0.1)
-        for what in held:
-            world.violated(f"I3: after {QUIESCE_S} s of quiet {what}")
-        if not held:
-            world.note("quiet")
+        try:
+            async with asyncio.timeout(QUIESCE_S):
+                await until(lambda: not self._held())
+        except TimeoutError:
+            for what in self._held():
+                self._world.violated(f"I3: after {QUIESCE_S} s of quiet {what}")
+        else:
+            self._world.note("quiet")
 
     def check_counts(self, records: Sequence[Record]) -> None:
         """I7. Of processes that are quiet."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from collections import Counter, deque
@@ -178,7 +179,7 @@ class Progress:
 def run(plan: Plan) -> int:
     """The exit status: 0 if every seed that was asked for held, 1 if one did not, 2 if the simulation does not start, 3 if time
     was out before all were run."""
-    started = time.monotonic()
+    started, busy_before_s = time.monotonic(), _busy_s()
     progress = Progress(plan.num_seeds, lambda text: print(text, end="", file=sys.stderr, flush=True), terminal=sys.stderr.isatty())
     campaign = Campaign(plan, progress)
     try:
@@ -187,21 +188,27 @@ def run(plan: Plan) -> int:
         print(error, file=sys.stderr)
         return 2
     progress.clear()
-    print(verdict(plan, tally, time.monotonic() - started))
+    print(verdict(plan, tally, time.monotonic() - started, _busy_s() - busy_before_s))
     if tally.failed:
         return 1
     return 0 if tally.num_seeds == plan.num_seeds else 3
 
 
-def verdict(plan: Plan, tally: Tally, seconds: float) -> str:
+def _busy_s() -> float:
+    """Processor time of the processes that have ended, their start included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def verdict(plan: Plan, tally: Tally, seconds: float, busy_s: float) -> str:
     """On one screen."""
     last = plan.first + plan.num_seeds - 1
     wanted = "" if tally.num_seeds == plan.num_seeds else f" of {plan.num_seeds}"
-    rate = tally.num_seeds / seconds
+    rate, rate_of_core = tally.num_seeds / seconds, tally.num_seeds / max(busy_s, 1e-3)
     processes = "" if plan.num_processes == 1 else f" over {plan.num_processes} processes"
     lines = [
         f"Simulation: {tally.num_seeds}{wanted} seeds ({plan.first} to {last}), {tally.num_events} events",
-        f"  in         {seconds:.1f} s, {rate:.1f} seeds/s{processes}",
+        f"  in         {seconds:.1f} s, {rate:.1f} seeds/s{processes}; {rate_of_core:.1f} per second of processor time",
         f"  faults     {counts(tally.injected)}",
         f"  requests   {counts(tally.requests)}",
         f"  digest     {tally.digest:016x}",

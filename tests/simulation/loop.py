@@ -22,6 +22,9 @@ START_S = 1000.0
 
 NEVER = 1 << 62
 
+_SLEEP_IS_OVER = asyncio.futures._set_result_unless_cancelled  # type: ignore[attr-defined]
+"""What asyncio.sleep has called when its time has come: it wakes who sleeps."""
+
 
 class Violation(AssertionError):
     """The system, or the simulation, did what it must never do."""
@@ -145,6 +148,13 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """Has another process called back at `when`; if it is frozen, as soon as it is not."""
         heappush(self._timers, (when, next(self.numbers), [process.context.copy().run, callback, args], process))
 
+    def deliver_now(self, process: Process, callback: Callable[[], Any]) -> None:
+        """As soon as it comes to its turn."""
+        if process.alive:
+            process.ready.append([process.context.copy().run, callback, ()])
+            if not process.able:
+                self.sort_in(process)
+
     def before_event(self, number: int, callback: Callable[[], None]) -> None:
         """Has `callback` called by the simulator right before the event of that number."""
         number = max(number, self.num_events + 1)
@@ -200,12 +210,17 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             self._able.remove(process)
 
     def _ring(self) -> None:
-        """The next timer is due."""
+        """The next timer is due. The end of a sleep is no event of its own: its sleeper is called next."""
         _, _, handle, process = heappop(self._timers)
-        if handle and process.alive:
-            process.ready.append(handle)
-            if not process.able:
-                self.sort_in(process)
+        if not handle or not process.alive:
+            return
+        if handle[1] is _SLEEP_IS_OVER:
+            self.current = process
+            _SLEEP_IS_OVER(*handle[2])
+            return
+        process.ready.append(handle)
+        if not process.able:
+            self.sort_in(process)
 
     def _carry_out_plans(self) -> None:
         if self.num_events >= self._max_events:

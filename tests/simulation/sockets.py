@@ -51,7 +51,7 @@ class Socket(Waited):
         self._out: Pipe | None = None
         self._port = 0
         self._received = bytearray()
-        self._unread_there = 0
+        self._unread_there = self._unacknowledged = 0
         self._ended = False
         self._connected = False
         self._backlog: list[Socket] | None = None
@@ -175,9 +175,12 @@ class Socket(Waited):
         return len(data)
 
     def _take(self, count: int) -> None:
+        """The sender hears of it once there is half a buffer of new room."""
         del self._received[:count]
-        if count and self._peer is not None and self._out is not None:
-            self._out.send(self._peer._acknowledged, count)
+        self._unacknowledged += count
+        if self._unacknowledged >= BUFFER_BYTES // 2 and self._peer is not None and self._out is not None:
+            self._out.send(self._peer._acknowledged, self._unacknowledged)
+            self._unacknowledged = 0
 
     def _arrive(self, data: bytes) -> None:
         if self._descriptor >= 0 and not self._ended:

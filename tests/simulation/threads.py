@@ -85,8 +85,10 @@ class Thread:
         """Goes on soon with what it was doing when it called `park`."""
         assert self._process is not None
         clock = self._process.loop
-        if self._process.alive:
+        if delay_s > 0.0:
             clock.deliver(self._process, clock.time() + delay_s, self._switch)
+        else:
+            clock.deliver_now(self._process, self._switch)
 
     @staticmethod
     def park() -> None:

@@ -86,7 +86,7 @@ class Waited:
         wanted = (self._reader is not None and self.readable()) or (self._writer is not None and self.writable())
         if wanted and not self._polled:
             self._polled = True
-            self.process.loop.deliver(self.process, self.process.loop.time(), self._tell)
+            self.process.loop.deliver_now(self.process, self._tell)
 
     def _tell(self) -> None:
         self._polled = False

@@ -19,6 +19,8 @@ PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer
 WARM_UP_SEEDS = 2
 """After these, nearly all memory that seeds need is there."""
 
+SEEDS_PER_COLLECTION = 3
+
 READY = "ready\n"
 """What a process says once it takes seeds."""
 
@@ -65,7 +67,7 @@ def simulated(without: str = "") -> Iterator[None]:
 def outcomes(scenarios: Iterable[Scenario]) -> Iterator[Outcome]:
     """Of one after the other; within `simulated`.
 
-    What a seed leaves behind is full of cycles. It is collected at once, so that the next one finds the same memory in the
+    What a seed leaves behind is full of cycles. It is collected soon, so that the next ones find the same memory in the
     processor's caches; the modules, which stay, are left out of that.
     """
     from tests.simulation.simulation import run
@@ -75,7 +77,8 @@ def outcomes(scenarios: Iterable[Scenario]) -> Iterator[Outcome]:
     gc.freeze()
     for index, wanted in enumerate(scenarios):
         yield run(wanted)
-        gc.collect()
+        if index % SEEDS_PER_COLLECTION == 0:
+            gc.collect()
         if index + 1 == WARM_UP_SEEDS:
             use_large_pages()
 

@@ -7,7 +7,7 @@ import grpc.aio
 
 from tests.simulation.loop import SimulatedLoop, Violation
 from tests.simulation.network import Pipe
-from tests.simulation.process import Process
+from tests.simulation.process import Handle, Process
 from tests.simulation.rpc.client_call import ClientCall
 from tests.simulation.rpc.connection import Connection
 from tests.simulation.rpc.status import Code
@@ -36,6 +36,7 @@ class Channel:
         self._retry_at = 0.0
         self._back_off_s = FIRST_BACK_OFF_S
         self._attempt = 0
+        self._timer: Handle | None = None
         self._closed = False
 
     def unary_stream(self, path: str, *_: Any, **__: Any) -> Callable[..., "ClientCall"]:
@@ -84,7 +85,7 @@ class Channel:
         self._connecting = True
         self._attempt += 1
         attempt, listener = self._attempt, self.rpc.network.listeners.get(self.address)
-        self.loop.call_later(CONNECT_TIMEOUT_S, self._failed, attempt, "timed out")
+        self._timer = self.loop.call_later(CONNECT_TIMEOUT_S, self._failed, attempt, "timed out")
         if listener is None:
             self.loop.call_later(self.rpc.network.delay(), self._failed, attempt, "Connection refused")
             return
@@ -105,17 +106,22 @@ class Channel:
         if not listener.process.alive:
             self._failed(attempt, "Connection reset")
             return
-        self._connecting = False
+        self._end_of_attempt()
         self._back_off_s = FIRST_BACK_OFF_S
         self.connection = Connection(self, listener)
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             self.connection.open(call)
 
+    def _end_of_attempt(self) -> None:
+        self._connecting = False
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _failed(self, attempt: int, why: str) -> None:
         if attempt != self._attempt or not self._connecting:
             return
-        self._connecting = False
+        self._end_of_attempt()
         self._retry_at = self.loop.time() + self._back_off_s * self.loop.random.uniform(0.8, 1.2)
         self._back_off_s = min(self._back_off_s * 1.6, LONGEST_BACK_OFF_S)
         waiting, self._waiting = self._waiting, []

@@ -13,6 +13,9 @@ from tests.simulation.rpc.status import Arrival, Code, Trailers
 if TYPE_CHECKING:
     from tests.simulation.rpc.connection import Connection
 
+WRITE_WAITS = 0.3
+"""Share of the writes during which something else may happen."""
+
 
 class ServerCall:
     """One call at the server: runs the handler in a task, and is its ServicerContext."""
@@ -39,14 +42,14 @@ class ServerCall:
         self._timer = None if deadline is None else self._loop.call_at(deadline, self.client_gone)
         self.task_process = self._loop.current
         self._open = True
+        self._begun = False
         self._task = self._loop.create_task(self._run())
-        # A task that is cancelled before its first step does not even begin.
-        self._task.add_done_callback(lambda _: self._end(Code.CANCELLED, ""))
 
     def __hash__(self) -> int:
         return self.number
 
     async def _run(self) -> None:
+        self._begun = True
         try:
             await self._answer()
             code, details, trailers = self._status
@@ -101,10 +104,10 @@ class ServerCall:
         if self._room is not None:
             self._room.set()
         if self._writing and self._loop.random.random() < 0.5:
-            self._loop.call_later(self._loop.random.uniform(0.0, 0.001), self._task.cancel)
+            self._loop.call_later(self._loop.random.uniform(0.0, 0.001), self._cancel)
         else:
             self._writing = False
-            self._task.cancel()
+            self._cancel()
 
     def abort(self, code: Code, details: str) -> None:
         """By the server itself."""
@@ -112,7 +115,12 @@ class ServerCall:
         self._gone = True
         if self._room is not None:
             self._room.set()
+        self._cancel()
+
+    def _cancel(self) -> None:
         self._task.cancel()
+        if not self._begun:  # and now it never will
+            self._end(Code.CANCELLED, "")
 
     def more_room(self) -> None:
         self._num_unread -= 1
@@ -123,7 +131,8 @@ class ServerCall:
 
     async def write(self, message: Any) -> None:
         self._writing = True
-        await asyncio.sleep(0)
+        if self._loop.random.random() < WRITE_WAITS:
+            await asyncio.sleep(0)
         while self._window is not None and self._num_unread >= self._window and not self._gone:
             self._room = asyncio.Event()
             await self._room.wait()
