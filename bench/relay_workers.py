@@ -1,155 +1,90 @@
-"""Two workers without a model, for measuring the gateway alone: `python -m bench.relay_workers DIGEST STEP_MS FOLLOW`.
+"""A worker whose model computes nothing, all else being real: `python -m bench.relay_workers ROLE STEP_MS ROW_MS`.
 
-Prints both addresses and serves until its input ends. All streams get a token at the same moment, as from an engine's step. With
-FOLLOW 0 the decode worker knows no Follow calls, so that each token is a message of its own.
+Prints its address and serves until its input ends. A step of decode takes STEP_MS, and ROW_MS for each sequence; one of prefill
+no time.
 """
 
-import asyncio
 import sys
-import uuid
-from collections.abc import AsyncIterator
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-import grpc.aio
+from decode_svc.settings import DecodeSettings
+from decode_svc.worker import DecodeWorker
+from llm.config import load_model_config
+from llm.kv.allocator import BlockAllocator
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
+from llm.runner import ModelRunner
+from llm.startup import LoadedModel
+from prefill_svc.settings import PrefillSettings
+from prefill_svc.worker import PrefillWorker
+from tandem.addresses import free_port
+from tandem.models import ModelFiles, resolve_model
+from tandem.pauses import avoid_pauses
+from tandem.server import ServerSettings, run
+from tandem.tracing import configure_tracing
 
-from tandem.api.v1 import generation_pb2, operations_pb2
-from tandem.engine_thread import Mailbox
-from tandem.server import loop_factory, server_options
-from tandem.worker.v1 import (
-    decode_pb2,
-    decode_pb2_grpc,
-    kv_pb2,
-    kv_pb2_grpc,
-    prefill_pb2,
-    prefill_pb2_grpc,
-    status_pb2,
-    status_pb2_grpc,
-)
-
-BLOCK_TOKENS = 16
-LAYOUT = kv_pb2.KvLayout(
-    num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=BLOCK_TOKENS, dtype=kv_pb2.KV_DTYPE_FLOAT32, tensor_parallel_size=1
-)
+MODEL = "random:tiny"
 # A letter of the byte-level vocabulary of random models.
 TOKEN_ID = 3 + ord("a")
-TOKENS = [prefill_pb2.SampledToken(token_id=TOKEN_ID)]
+_BLOCK_TOKENS, _NUM_BLOCKS = 16, 16_384
 
 
-class Status(status_pb2_grpc.WorkerStatusServiceServicer):
-    """Always ready, with room for everything."""
+class PacedRunner:
+    """Stands for GpuModelRunner: steps follow each other on a device that draws the same token each time."""
 
-    def __init__(self, role: operations_pb2.WorkerRole, model_digest: str) -> None:
-        self._state = status_pb2.WatchResponse(
-            worker_id=str(uuid.uuid4()),
-            role=role,
-            ready=True,
-            model_digest=model_digest,
-            tokenizer_digest="none",
-            layout=LAYOUT,
-            device="none",
-            weight_format="none",
-            transports=["tcp"],
-            max_requests=10_000,
-            total_blocks=1_000_000,
-            free_blocks=1_000_000,
-            tokens_per_second=1e6,
-        )
+    weight_format = weight_format_reason = device_description = "none"
 
-    async def Watch(
-        self, request: status_pb2.WatchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[status_pb2.WatchResponse]:
-        while True:
-            self._state.sequence_number += 1
-            yield self._state
-            await asyncio.sleep(0.5)
+    def __init__(self, files: ModelFiles, step_s: float, row_s: float) -> None:
+        self.config = load_model_config(files.format, files.path, files.random_config)
+        self._step_s, self._row_s = step_s, row_s
+        self._free_at = 0.0
+
+    def adopt_thread(self) -> None:
+        """Nothing to take over."""
+
+    def report_layers(self, layer_done: Callable[[], None]) -> None:
+        """Steps have no layers."""
+
+    def forward(self, slices: Sequence[Any]) -> Any:
+        raise AssertionError("all rows are drawn on the device")
+
+    def start_step(self, slices: Sequence[Any], sources: Sequence[int], rows: Sequence[Any]) -> "_PacedStep":
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_s + self._row_s * len(rows)
+        return _PacedStep(self._free_at, len(rows))
 
 
-class Prefill(prefill_pb2_grpc.PrefillServiceServicer, kv_pb2_grpc.KvTransferServiceServicer):
-    """Grants a ticket and has its first token at once."""
+class _PacedStep:
+    def __init__(self, ends_at: float, num_rows: int) -> None:
+        self._ends_at, self._num_rows = ends_at, num_rows
 
-    async def Prefill(
-        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        ticket = kv_pb2.KvTicket(
-            ticket_id=uuid.uuid4().hex,
-            epoch=request.attempt,
-            producer_id="none",
-            model_digest=request.model_digest,
-            layout=LAYOUT,
-            num_tokens=len(request.token_ids),
-            block_ids=range(-(-len(request.token_ids) // BLOCK_TOKENS)),
-            lease_ms=5000,
-            address="none",
-        )
-        yield prefill_pb2.PrefillResponse(admitted=prefill_pb2.Admitted(ticket=ticket))
-        yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token=TOKENS[0]))
-        yield prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone())
-
-    async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseResponse:
-        return kv_pb2.ReleaseResponse()
+    def token_ids(self) -> list[int]:
+        time.sleep(max(0.0, self._ends_at - time.perf_counter()))
+        return [TOKEN_ID] * self._num_rows
 
 
-class Decode(decode_pb2_grpc.DecodeServiceServicer):
-    """Gives every stream a token at each step."""
-
-    def __init__(self, step_s: float, follow: bool) -> None:
-        self._step_s = step_s
-        self._follow = follow
-        self._step = asyncio.Event()
-        self._followers: dict[str, Mailbox[tuple[int, int, int]]] = {}
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(self._step_s)
-            step, self._step = self._step, asyncio.Event()
-            step.set()
-
-    async def Decode(
-        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        yield decode_pb2.DecodeResponse(reserved=decode_pb2.Reserved())
-        yield decode_pb2.DecodeResponse(kv_ready=decode_pb2.KvReady(transport=generation_pb2.TRANSPORT_TCP))
-        follower, max_tokens = self._followers.get(request.follower_id), request.stop_rule.max_tokens
-        for index in range(len(request.token_ids) - request.num_prompt_tokens + 1, max_tokens):
-            await self._step.wait()
-            if follower is None:
-                yield decode_pb2.DecodeResponse(delta=decode_pb2.TokenDelta(index=index, tokens=TOKENS))
-            else:
-                follower.put((request.stream_number, index, TOKEN_ID))
-        finished = decode_pb2.DecodeFinished(reason=generation_pb2.FINISH_REASON_LENGTH, num_tokens=max_tokens)
-        yield decode_pb2.DecodeResponse(finished=finished)
-
-    async def Follow(
-        self, request: decode_pb2.FollowRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[decode_pb2.FollowResponse]:
-        if not self._follow:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "as told")
-        mailbox = self._followers[request.follower_id] = Mailbox()
-        yield decode_pb2.FollowResponse()
-        while True:
-            numbers, indexes, token_ids = zip(*await mailbox.take(), strict=True)
-            plain = decode_pb2.PlainTokens(stream_numbers=numbers, indexes=indexes, token_ids=token_ids)
-            yield decode_pb2.FollowResponse(plain_tokens=plain)
+def _loaded(files: ModelFiles, step_s: float, row_s: float) -> LoadedModel:
+    runner = PacedRunner(files, step_s, row_s)
+    config = runner.config
+    layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _BLOCK_TOKENS, "bfloat16")
+    pool = KvPool.create(layout, _NUM_BLOCKS)
+    allocator = BlockAllocator(pool.num_blocks, _BLOCK_TOKENS, handed_out=pool.generations.bump)
+    return LoadedModel(cast(ModelRunner, runner), pool, allocator, layout)
 
 
-async def serve(model_digest: str, step_s: float, follow: bool) -> None:
-    prefill, decode = Prefill(), Decode(step_s, follow)
-    servers = [grpc.aio.server(options=server_options(10_000)) for _ in range(2)]
-    prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, servers[0])
-    kv_pb2_grpc.add_KvTransferServiceServicer_to_server(prefill, servers[0])
-    decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, servers[1])
-    roles = (operations_pb2.WORKER_ROLE_PREFILL, operations_pb2.WORKER_ROLE_DECODE)
-    for server, role in zip(servers, roles, strict=True):
-        status_pb2_grpc.add_WorkerStatusServiceServicer_to_server(Status(role, model_digest), server)
-    print(*(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}" for server in servers), flush=True)
-    for server in servers:
-        await server.start()
-    stepping = asyncio.create_task(decode.run())
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    stepping.cancel()
-    for server in servers:
-        await server.stop(None)
+async def _serve(role: str, step_s: float, row_s: float) -> None:
+    files = resolve_model(MODEL)
+    server = ServerSettings(port=free_port("127.0.0.1"), grace_s=0.5, exit_with_parent=True)
+    if role == "prefill":
+        worker: PrefillWorker | DecodeWorker = PrefillWorker(PrefillSettings(server=server), files, _loaded(files, 0.0, 0.0))
+    else:
+        worker = DecodeWorker(DecodeSettings(server=server), files, _loaded(files, step_s, row_s))
+    avoid_pauses()
+    print(await worker.start(), flush=True)
+    await worker.run_until_stopped()
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(sys.argv[1], float(sys.argv[2]) / 1e3, sys.argv[3] == "1"))
+    configure_tracing(f"tandem.{sys.argv[1]}")
+    run(_serve(sys.argv[1], float(sys.argv[2]) / 1e3, float(sys.argv[3]) / 1e3))
