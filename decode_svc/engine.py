@@ -49,7 +49,8 @@ class DecodeEngine:
     Where the device draws tokens by itself a step is launched before the tokens of the one before it are known. An end that is
     found so late costs a superfluous step of that sequence, whose token is thrown away. A sequence whose tokens only the host can
     draw takes part in every second step.
-    `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
+    `on_change` is called, on whatever thread, when a request has come, begun or gone; not at each step: that is a message for
+    every few tokens of a single sequence. `on_failure` is called once, on the engine's own thread.
     `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive at the job's outlet.
     """
 
@@ -135,7 +136,6 @@ class DecodeEngine:
         if work:
             self._launch(work, began)
         self._land(keep=int(bool(work) and self._steps.ahead))
-        self._on_change()
         return True
 
     def _wake(self) -> None:
