@@ -1,6 +1,7 @@
 """One try at a request: a prefill leg and, unless the first token ends it, a decode leg."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ class Attempt:
     def _on_first_token(self, event: prefill_pb2.FirstToken) -> None:
         completion, output = self._completion, self._job.output
         self._timeline.first_token()
+        if event.HasField("done"):
+            self._timeline.prefill_queue_us = event.done.queue_us
         if not self._num_before and (output.echo or output.num_prompt_logprobs is not None):
             completion.give_prompt(tokens_from(event.prompt_logprobs))
         completion.push(self._num_before, tokens_from((event.token,)))
@@ -233,7 +236,10 @@ class Attempt:
         while (event := await read(call)) is not None:
             arrived()
             await self._on_decode(event, inflow, turn)
-            if self._completion.cut_short or event.WhichOneof("event") == "finished":
+            if self._completion.cut_short:
+                return
+            if event.WhichOneof("event") == "finished":
+                await _over(call)
                 return
         raise TandemError(Reason.INTERNAL, "the decode worker ended its stream before the completion had ended")
 
@@ -271,6 +277,12 @@ class Attempt:
             raise HopFailed(Hop.DECODE, (self._placed.placement.decode,), error, held=True)
         timings = self._timeline.timings()
         return Ending(completion.finished, completion.num_cached_tokens, completion.num_tokens, timings, self._handoff)
+
+
+async def _over(call: grpc.aio.UnaryStreamCall) -> None:
+    """Takes the status that follows the last message. To cancel a call at its end costs both sides more."""
+    with contextlib.suppress(TandemError):  # nothing that could fail any more
+        await read(call)
 
 
 def _refused(leg: asyncio.Task[None]) -> bool:

@@ -123,13 +123,14 @@ class _PrefillRun:
         if self._ticket is not None:
             self._producer.finish(self._ticket.ticket_id, event.token.token_id)
         self._finished = True
+        queue_us, run_us = (event.started_ns - self._arrived_ns) // 1000, (event.finished_ns - event.started_ns) // 1000
         first = prefill_pb2.FirstToken(
-            token=sampled_to_proto(event.token), prompt_logprobs=[sampled_to_proto(token) for token in event.prompt_logprobs]
+            token=sampled_to_proto(event.token),
+            prompt_logprobs=[sampled_to_proto(token) for token in event.prompt_logprobs],
+            done=prefill_pb2.PrefillDone(queue_us=queue_us, run_us=run_us),
         )
         await self._context.write(prefill_pb2.PrefillResponse(first_token=first))
-        queue_us, run_us = (event.started_ns - self._arrived_ns) // 1000, (event.finished_ns - event.started_ns) // 1000
         self._trace(event)
-        await self._context.write(prefill_pb2.PrefillResponse(done=prefill_pb2.PrefillDone(queue_us=queue_us, run_us=run_us)))
 
     def _trace(self, event: Finished) -> None:
         parent = otel_context.get_current()

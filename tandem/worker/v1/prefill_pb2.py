@@ -26,7 +26,7 @@ from tandem.api.v1 import generation_pb2 as tandem_dot_api_dot_v1_dot_generation
 from tandem.worker.v1 import kv_pb2 as tandem_dot_worker_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/worker/v1/prefill.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/generation.proto\x1a\x19tandem/worker/v1/kv.proto\"\xc9\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12-\n\tstop_rule\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.StopRule\x12\x15\n\x08logprobs\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x10\x66irst_token_only\x18\n \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"I\n\x08StopRule\x12\x15\n\rend_token_ids\x18\x01 \x03(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\"\xd8\x01\n\x0fPrefillResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.AdmittedH\x00\x12\x33\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x1c.tandem.worker.v1.FirstTokenH\x00\x12-\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1d.tandem.worker.v1.PrefillDoneH\x00\x12(\n\x05taken\x18\x04 \x01(\x0b\x32\x17.tandem.worker.v1.TakenH\x00\x42\x07\n\x05\x65vent\"\x07\n\x05Taken\"M\n\x08\x41\x64mitted\x12*\n\x06ticket\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.KvTicket\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"t\n\nFirstToken\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1e.tandem.worker.v1.SampledToken\x12\x37\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x1e.tandem.worker.v1.SampledToken\"s\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12/\n\x03top\x18\x03 \x03(\x0b\x32\".tandem.worker.v1.TokenProbabilityB\n\n\x08_logprob\"5\n\x10TokenProbability\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"/\n\x0bPrefillDone\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x0e\n\x06run_us\x18\x02 \x01(\x03\x32\x62\n\x0ePrefillService\x12P\n\x07Prefill\x12 .tandem.worker.v1.PrefillRequest\x1a!.tandem.worker.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etandem/worker/v1/prefill.proto\x12\x10tandem.worker.v1\x1a\x1etandem/api/v1/generation.proto\x1a\x19tandem/worker/v1/kv.proto\"\xc9\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.v1.SamplingParams\x12-\n\tstop_rule\x18\x07 \x01(\x0b\x32\x1a.tandem.worker.v1.StopRule\x12\x15\n\x08logprobs\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x10\x66irst_token_only\x18\n \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"I\n\x08StopRule\x12\x15\n\rend_token_ids\x18\x01 \x03(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\"\xd8\x01\n\x0fPrefillResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.AdmittedH\x00\x12\x33\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x1c.tandem.worker.v1.FirstTokenH\x00\x12-\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1d.tandem.worker.v1.PrefillDoneH\x00\x12(\n\x05taken\x18\x04 \x01(\x0b\x32\x17.tandem.worker.v1.TakenH\x00\x42\x07\n\x05\x65vent\"\x07\n\x05Taken\"M\n\x08\x41\x64mitted\x12*\n\x06ticket\x18\x01 \x01(\x0b\x32\x1a.tandem.worker.v1.KvTicket\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\xa1\x01\n\nFirstToken\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1e.tandem.worker.v1.SampledToken\x12\x37\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x1e.tandem.worker.v1.SampledToken\x12+\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1d.tandem.worker.v1.PrefillDone\"s\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12/\n\x03top\x18\x03 \x03(\x0b\x32\".tandem.worker.v1.TokenProbabilityB\n\n\x08_logprob\"5\n\x10TokenProbability\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"/\n\x0bPrefillDone\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x0e\n\x06run_us\x18\x02 \x01(\x03\x32\x62\n\x0ePrefillService\x12P\n\x07Prefill\x12 .tandem.worker.v1.PrefillRequest\x1a!.tandem.worker.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,14 +43,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAKEN']._serialized_end=744
   _globals['_ADMITTED']._serialized_start=746
   _globals['_ADMITTED']._serialized_end=823
-  _globals['_FIRSTTOKEN']._serialized_start=825
-  _globals['_FIRSTTOKEN']._serialized_end=941
-  _globals['_SAMPLEDTOKEN']._serialized_start=943
-  _globals['_SAMPLEDTOKEN']._serialized_end=1058
-  _globals['_TOKENPROBABILITY']._serialized_start=1060
-  _globals['_TOKENPROBABILITY']._serialized_end=1113
-  _globals['_PREFILLDONE']._serialized_start=1115
-  _globals['_PREFILLDONE']._serialized_end=1162
-  _globals['_PREFILLSERVICE']._serialized_start=1164
-  _globals['_PREFILLSERVICE']._serialized_end=1262
+  _globals['_FIRSTTOKEN']._serialized_start=826
+  _globals['_FIRSTTOKEN']._serialized_end=987
+  _globals['_SAMPLEDTOKEN']._serialized_start=989
+  _globals['_SAMPLEDTOKEN']._serialized_end=1104
+  _globals['_TOKENPROBABILITY']._serialized_start=1106
+  _globals['_TOKENPROBABILITY']._serialized_end=1159
+  _globals['_PREFILLDONE']._serialized_start=1161
+  _globals['_PREFILLDONE']._serialized_end=1208
+  _globals['_PREFILLSERVICE']._serialized_start=1210
+  _globals['_PREFILLSERVICE']._serialized_end=1308
 # @@protoc_insertion_point(module_scope)

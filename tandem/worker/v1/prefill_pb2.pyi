@@ -67,12 +67,14 @@ class Admitted(_message.Message):
     def __init__(self, ticket: _Optional[_Union[_kv_pb2.KvTicket, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("token", "prompt_logprobs")
+    __slots__ = ("token", "prompt_logprobs", "done")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     token: SampledToken
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[SampledToken]
-    def __init__(self, token: _Optional[_Union[SampledToken, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ...) -> None: ...
+    done: PrefillDone
+    def __init__(self, token: _Optional[_Union[SampledToken, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
 
 class SampledToken(_message.Message):
     __slots__ = ("token_id", "logprob", "top")

@@ -49,8 +49,8 @@ class PrefillServiceServicer:
     def Prefill(self, request, context):
         """Prefill computes a prompt's KV cache and its first token.
 
-        The stream is `taken` (from the second attempt on), `admitted`, `first_token`, `done`. Blocks stay allocated under the ticket's
-        lease after the stream ends, until released or expired. Cancelling the call before the prompt is computed aborts the ticket and
+        The stream is `taken` (from the second attempt on), `admitted`, `first_token`. Blocks stay allocated under the ticket's lease after
+        the stream ends, until released or expired. Cancelling the call before the prompt is computed aborts the ticket and
         frees its blocks; later, the caller releases the ticket. Not idempotent.
 
         RESOURCE_EXHAUSTED: the queue is full, or the prompt needs more blocks than the pool has; use another worker or back off.
