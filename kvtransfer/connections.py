@@ -6,7 +6,7 @@ from functools import partial
 
 from kvtransfer.connection import Connection
 from kvtransfer.frames import NewsFrame
-from kvtransfer.kv_messages import ErrorMessage, FrameError, NewsMessage, PullMessage
+from kvtransfer.kv_messages import ErrorMessage, FrameError, NewsMessage, PullMessage, ReleaseMessage
 from kvtransfer.pull_state import InterruptedPullError, StalledPullError
 from kvtransfer.ticket import KvPort, KvTicket
 from tandem.errors import Reason, TandemError
@@ -84,6 +84,21 @@ class Connections:
             raise InterruptedPullError(str(error)) from error
         finally:
             self._put_back(connection, reusable)
+
+    async def release(self, ticket: KvTicket) -> bool:
+        """Sends word over a connection that is at rest; False if there is none, or it breaks."""
+        connection = self._take_idle()
+        if connection is None:
+            return False
+        sent = False
+        try:
+            await connection.send(ReleaseMessage(ticket.ticket_id, ticket.epoch))
+            sent = True
+        except OSError:
+            return False
+        finally:
+            self._put_back(connection, sent)
+        return True
 
     def close(self) -> None:
         """Those of pulls that still run are closed when these end."""

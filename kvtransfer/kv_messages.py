@@ -45,9 +45,17 @@ class ErrorMessage:
     metadata: tuple[str, ...] = items(0, 2 * MAX_METADATA)
 
 
-Message = PullMessage | NewsMessage | ErrorMessage
+@dataclass(frozen=True)
+class ReleaseMessage:
+    """Consumer: I have all of the ticket's blocks. Nothing answers it: where it is lost, the lease ends."""
 
-_FORMAT = PacketFormat[Message](b"TKV1", 2, (PullMessage, NewsMessage, ErrorMessage))
+    ticket_id: str
+    epoch: int
+
+
+Message = PullMessage | NewsMessage | ErrorMessage | ReleaseMessage
+
+_FORMAT = PacketFormat[Message](b"TKV1", 2, (PullMessage, NewsMessage, ErrorMessage, ReleaseMessage))
 
 encode = _FORMAT.encode
 """Prefix and header. A NewsMessage's blocks are for the caller to send after it."""

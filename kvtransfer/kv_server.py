@@ -1,6 +1,7 @@
 """The producer's KV port: tells of a ticket's blocks, and in the tcp transport sends them."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import AsyncGenerator
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from kvtransfer.connection import Connection
 from kvtransfer.frames import NewsFrame
-from kvtransfer.kv_messages import MAX_METADATA, MAX_TEXT_BYTES, ErrorMessage, FrameError, NewsMessage, PullMessage
+from kvtransfer.kv_messages import MAX_METADATA, MAX_TEXT_BYTES, ErrorMessage, FrameError, NewsMessage, PullMessage, ReleaseMessage
 from kvtransfer.staging import Stage
 from llm.kv.block_arrays import BlockIds
 from tandem.errors import Reason, TandemError
@@ -35,6 +36,8 @@ class Source(Protocol):
     def block_ids(self, ticket_id: str, epoch: int) -> BlockIds: ...
 
     def check(self, ticket_id: str, epoch: int) -> None: ...
+
+    def release(self, ticket_id: str, epoch: int) -> None: ...
 
 
 class KvServer:
@@ -102,10 +105,14 @@ class KvServer:
         wait_s = FIRST_REQUEST_S
         try:
             while True:
-                request = await connection.receive(wait_s)
-                if not isinstance(request, PullMessage):
-                    raise FrameError("only requests to pull may come here")
-                await self._answer(connection, request)
+                match await connection.receive(wait_s):
+                    case PullMessage() as request:
+                        await self._answer(connection, request)
+                    case ReleaseMessage(ticket_id, epoch):
+                        with contextlib.suppress(TandemError):  # of another epoch; the ledger counts it
+                            self._source.release(ticket_id, epoch)
+                    case _:
+                        raise FrameError("only a consumer's messages may come here")
                 wait_s = IDLE_S
         except FrameError as error:
             self.num_refused += 1

@@ -95,6 +95,10 @@ class Peer:
             self._lifeline = self._lifelines(port, self.producer_id)
         return self._lifeline
 
+    async def tell_released(self, ticket: KvTicket) -> bool:
+        """Says that the ticket's blocks are here, by the way that they came; False if that is closed."""
+        return self._connections is not None and await self._connections.release(ticket)
+
     def connections(self, port: KvPort) -> Connections:
         if self._connections is None or self._connections.port != port:
             self._hang_up()

@@ -142,6 +142,10 @@ class PulledTickets:
             self._states.pop(ticket_id)[0].expire()
         self._states[state.ticket_id] = (state, now + lease_s)
 
-    def release(self, ticket_id: str) -> None:
-        if ticket_id in self._states:
-            self._states.pop(ticket_id)[0].release()
+    def release(self, ticket_id: str, epoch: int) -> bool:
+        """Whether that very ticket was pulled."""
+        if ticket_id not in self._states:
+            return False
+        state, _ = self._states.pop(ticket_id)
+        state.release()
+        return state.epoch == epoch

@@ -1,9 +1,8 @@
 """Makes happen to a suite what its scenario says that goes wrong, and mends it."""
 
+from tests.simulation.rpc import RELEASE
 from tests.simulation.scenario import Disturbance, Fault
 from tests.simulation.world import World
-
-RELEASE = "/tandem.worker.v1.KvTransferService/Release"
 
 
 class Disturber:

@@ -3,11 +3,14 @@
 import kvtransfer.blocks
 import llm.steps
 import prefill_svc.engine
+from kvtransfer.connections import Connections
 from kvtransfer.host_blocks import HostBlocks
+from kvtransfer.ticket import KvTicket
 from llm.kv.block_arrays import BlockIds, Sums
 from llm.kv.host_copies import Memory, PlainCopies
 from llm.kv.pool import KvPool
 from tests.simulation import model, threads
+from tests.simulation.rpc import RELEASE
 from tests.simulation.seams import Seams
 
 
@@ -43,8 +46,17 @@ def _pause() -> None:
         threads.Time.sleep(random.choice((1e-5, 1e-3, 5e-3)))
 
 
+_release = Connections.release
+
+
+async def _release_or_lose(connections: Connections, ticket: KvTicket) -> bool:
+    """While releases are lost, who sends one does not hear of it."""
+    return RELEASE in threads.loop().world.rpc.lost_paths or await _release(connections, ticket)
+
+
 def replace(seams: Seams) -> None:
-    """Sampling without tensors, and the slow blocks."""
+    """Sampling without tensors, the slow blocks, and releases that get lost."""
     for module in (llm.steps, prefill_svc.engine):
         seams.set(module, "sample", model.sample)
     seams.set(kvtransfer.blocks, "HostBlocks", SlowBlocks)
+    seams.set(Connections, "release", _release_or_lose)

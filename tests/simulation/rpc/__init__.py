@@ -13,6 +13,9 @@ from tests.simulation.rpc.channel import Channel
 from tests.simulation.rpc.server import Server
 from tests.simulation.rpc.server_call import ServerCall
 
+RELEASE = "/tandem.worker.v1.KvTransferService/Release"
+"""A ticket's release, by call or by a word over a KV connection."""
+
 
 class Rpc:
     """Stands for grpc.aio.server and grpc.aio.insecure_channel in one simulation."""

@@ -148,7 +148,7 @@ class OwnershipMachine(RuleBasedStateMachine):
     @rule(data=st.data(), lost=st.booleans())
     def release(self, data: st.DataObject, lost: bool) -> None:
         consumer = data.draw(st.sampled_from([each for each in self.consumers if each.state.state is State.PULLED]))
-        self.pulled.release(consumer.state.ticket_id)
+        self.pulled.release(consumer.state.ticket_id, 1)
         if not lost:
             self.ledger.release(consumer.state.ticket_id, 1)
 

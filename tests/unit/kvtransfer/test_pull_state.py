@@ -81,15 +81,20 @@ def test_a_lost_producer_is_not_asked_again(state: PullState) -> None:
     assert caught.value.reason is Reason.TRANSFER_INTERRUPTED
 
 
+def test_a_pulled_ticket_of_another_epoch_is_another(clock: Clock) -> None:
+    kept, state = PulledTickets(clock), PullState("a", 1, 0, clock)
+    kept.keep(state, 5.0)
+    assert not kept.release("a", 2)
+
+
 def test_pulled_tickets_end_by_release_or_by_their_lease(clock: Clock) -> None:
     kept = PulledTickets(clock)
     states = [PullState(name, 1, 0, clock) for name in "abc"]
     for state in states[:2]:
         state.pulled()
         kept.keep(state, 5.0)
-    for _ in range(2):
-        kept.release("a")
-    kept.release("never")
+    assert kept.release("a", 1)
+    assert not kept.release("a", 1) and not kept.release("never", 1)
     clock.now += 5.0
     states[2].pulled()
     kept.keep(states[2], 5.0)
