@@ -12,9 +12,9 @@ from llm.config import ModelConfig, load_model_config
 from llm.weights_plan import plan_tensors
 from tandem.models import ModelFiles
 
-_BYTES_A_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+_BYTES_A_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 34 / 32, "int4": 20 / 32, "w4a8": 20 / 32}
 """A group of 32 has a scale of two bytes, and in int4 an offset too."""
-_HEAD_FORMATS = {"int4": "int8"}
+_HEAD_FORMATS = {"int4": "int8", "w4a8": "int8"}
 _KV_BYTES = 2
 
 

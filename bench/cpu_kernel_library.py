@@ -15,7 +15,7 @@ import numpy.typing as npt
 from llm.ops.cpu.native import library, structures
 from llm.ops.cpu.packed import aligned, int4_shapes, int8_shapes
 
-FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
+FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4", "w4a8": "w4a8"}
 _READ_BYTES = 400 << 20
 _SECONDS = 0.5
 
@@ -79,7 +79,7 @@ class Kernels:
 
 def _random_arrays(format: str, shape: tuple[int, int]) -> list[npt.NDArray[np.generic]]:
     random = np.random.default_rng(shape[0])
-    if format in {"int8", "int4"}:
+    if format in {"int8", "int4", "w4a8"}:
         sizes = (int8_shapes if format == "int8" else int4_shapes)(shape)
         values = aligned(random.integers(0, 256, sizes["values"][0], np.uint8))
         return [values, np.full(sizes["scales"][0], 0.01, np.float16)]

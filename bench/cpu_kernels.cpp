@@ -112,6 +112,12 @@ double bench_ceiling(int format, int threads) {
 #pragma GCC unroll 8
             for (int r = 0; r < INTEGER_ROWS; r++) sums[r] = add_products(sums[r], loaded, reinterpret_cast<const int16_t*>(line) + 2 * r);
         });
+    if (format == W4A8)
+        return rate_of<MixedSums>(team, 64 * INTEGER_ROWS, [] { return begin_sums(MixedStart(0, 0, 0)); }, [](MixedSums* sums, const char* line) {
+            const Pairs loaded = load_pairs(line);
+#pragma GCC unroll 8
+            for (int r = 0; r < INTEGER_ROWS; r++) sums[r] = add_mixed(sums[r], loaded, reinterpret_cast<const int8_t*>(line) + 4 * r);
+        });
     return rate_of<Floats>(team, FLOAT_SUMS * LANES, [] { return Floats{}; }, [](Floats* sums, const char* line) {
         const Floats loaded = load(reinterpret_cast<const float*>(line));
 #pragma GCC unroll 16

@@ -25,7 +25,7 @@ from llm.host_model import make_host_model
 from llm.kv.layout import KvDtype, KvLayout, KvWish
 from llm.kv.pool import blocks_in
 from llm.ops.cpu.native.model import NativeModel
-from llm.weight_format import FORMATS, WeightFormat
+from llm.weight_format import FORMATS, WeightFormat, has_rows_in_bytes, stored_format
 from llm.weights import WeightRequest, load_tensors
 from tandem.cores import num_usable_cores
 from tandem.models import DEFAULT_MODEL, cache_directory, resolve_model
@@ -94,8 +94,8 @@ def measure_steps(steps: Steps, format: WeightFormat) -> list[Figure]:
 def _load(steps: Steps, format: WeightFormat) -> tuple[NativeModel, torch.Tensor]:
     files = resolve_model(steps.model)
     config = load_model_config(files.format, files.path, files.random_config)
-    tensors = load_tensors(WeightRequest(files, config, format, "cpu", cache_directory()), lambda *_: None)
-    model = make_host_model(config, tensors, steps.threads, cache_directory())
+    tensors = load_tensors(WeightRequest(files, config, stored_format(format), "cpu", cache_directory()), lambda *_: None)
+    model = make_host_model(config, tensors, steps.threads, cache_directory(), rows_in_bytes=has_rows_in_bytes(format))
     assert isinstance(model, NativeModel), "there is no native step here"
     num_blocks = max([-(-steps.context // _PAGE) * batch for batch in steps.decode] + [-(-n // _PAGE) for n in steps.prefill])
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, _PAGE, steps.kv_dtype)

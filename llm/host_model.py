@@ -61,10 +61,12 @@ def make_host_model(
     *,
     kv_dtype: KvDtype = "bfloat16",
     itl_target_ms: int = ITL_TARGET_MS,
+    rows_in_bytes: bool = False,
 ) -> HostModel:
     """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile.
 
     `itl_target_ms`: within it, others on the same cores get a turn while this model is in a long step; 0 takes no turns.
+    `rows_in_bytes`: four-bit weights multiply rows in 8 bits.
 
     Raises UnsupportedModelError for packed weights and int8 KV where there is no native step for the model.
     """
@@ -76,7 +78,7 @@ def make_host_model(
 
         refused = refusal(config, tensors)
         if refused is None:
-            return NativeModel(config, tensors, library, threads, open_turns(library, itl_target_ms))
+            return NativeModel(config, tensors, library, threads, open_turns(library, itl_target_ms), rows_in_bytes=rows_in_bytes)
         reason = f"it does not take this model: {refused}"
         logger.info("no native step: %s", reason)
     if any(name.endswith(".values") for name in tensors):

@@ -17,7 +17,7 @@ from llm.gpu.settings import GpuSettings
 from llm.host_model import ITL_TARGET_MS, HostModel, SteppedModel, make_host_model, native_library, num_threads
 from llm.kv.layout import KvDtype, KvWish
 from llm.ops.operations import TorchOperations
-from llm.weight_format import Dtype, WeightFormat, WeightWish, told_format
+from llm.weight_format import Dtype, WeightFormat, WeightWish, has_rows_in_bytes, stored_format, told_format
 from llm.weights import DTYPES, ModelFiles, Progress, WeightRequest, load_tensors
 from llm.weights_file import lock_file
 
@@ -101,7 +101,7 @@ class ModelRunner:
             _check_native(f"--weights {format}", ", ".join(DTYPES), settings, report)
         if settings.told_kv_dtype == "int8":
             _check_native("--kv-dtype int8", "bfloat16, float32", settings, report)
-        request = WeightRequest(files, config, format, settings.device, settings.cache_directory)
+        request = WeightRequest(files, config, stored_format(format), settings.device, settings.cache_directory)
         return cls(_make_model(config, load_tensors(request, report), settings, report), settings, report)
 
     def adopt_thread(self) -> None:
@@ -168,12 +168,14 @@ def _make_model(
         return SteppedModel(config, tensors, TorchOperations())
     with _compiling(settings, progress):
         progress(0.0, "preparing kernels")
+        format, _ = settings.format_and_reason
         return make_host_model(
             config,
             tensors,
             num_threads(settings.threads),
             settings.cache_directory,
             kv_dtype=settings.told_kv_dtype,
+            rows_in_bytes=has_rows_in_bytes(format),
             itl_target_ms=settings.itl_target_ms,
         )
 

@@ -16,7 +16,7 @@ class WeightSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "what to compute in; float32 is exact, weights and KV; the others have bfloat16 KV"}
     )
-    weights: Literal["auto", "fp32", "bf16", "int8", "int4"] = field(
+    weights: Literal["auto", "fp32", "bf16", "int8", "int4", "w4a8"] = field(
         default="auto",
         metadata={"help": "weight format; auto: as --dtype says, else the fastest as measured at load of those that predict well"},
     )

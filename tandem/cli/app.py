@@ -50,6 +50,7 @@ class Weights(StrEnum):
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
+    w4a8 = "w4a8"
 
 
 def _check_workers(text: str) -> str:
@@ -230,7 +231,7 @@ def evaluate(
     model: Annotated[str, typer.Option("--model", "-m", envvar="TANDEM_MODEL", help="Name, path or hub name.")] = DEFAULT_MODEL,
     weights: Annotated[
         str, typer.Option(metavar="FORMATS", callback=_check_weights, help="What to compare: int8,int4, or int8/int4 by role.")
-    ] = "fp32,bf16,int8,int4",
+    ] = "fp32,bf16,int8,int4,w4a8",
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text. Default: one that this machine has.")] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Most tokens of it.")] = 4096,
     window: Annotated[int, typer.Option(min=4, help="Tokens of a context; half of them are prompt.")] = 512,

@@ -1,5 +1,6 @@
 """Which matrix is packed how, and that a file's own four-bit numbers are kept."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from llm.batch import SequenceSlice
 from llm.config import load_model_config
+from llm.kv.layout import KvLayout
+from llm.kv.pool import KvPool
 from llm.ops.cpu import packed
+from llm.runner import ModelRunner, RunnerSettings
+from llm.weight_format import WeightFormat
 from llm.weights import WeightRequest, load_tensors
 from llm.weights_gguf import GgufSource
 from llm.weights_packed import packed_format
 from tests.unit.llm.conftest import Files, tiny_config
 from tests.unit.llm.test_weights import checkpoint, write_directory, write_gguf
 
+FOUR_BITS: tuple[WeightFormat, ...] = ("int4", "w4a8")
 MATRICES = {"layers.0.qkv": (128, 64), "layers.1.output": (64, 64), "layers.1.gate_up": (192, 64), "layers.0.down": (64, 96)}
 
 
@@ -97,3 +104,22 @@ def test_a_change_of_the_packing_makes_another_file(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("llm.weights.packing_version", lambda: "another")
     load(files, tmp_path / "cache", "int8")
     assert len(list((tmp_path / "cache" / "converted").glob("*-int8-*.safetensors"))) == 2
+
+
+def test_rows_in_bytes_take_the_converted_file_of_int4_and_are_the_same_in_every_batch(tmp_path: Path) -> None:
+    files = write_directory(tmp_path, tiny_config(), checkpoint(tiny_config()))
+    runners = [
+        ModelRunner.load(files, RunnerSettings("decode", weights=format, cache_directory=tmp_path / "cache"))
+        for format in FOUR_BITS
+    ]
+    assert len(list((tmp_path / "cache" / "converted").glob("*.safetensors"))) == 1
+    config = runners[0].config
+    layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32")
+    found: dict[str, list[torch.Tensor]] = {}
+    for format, runner in zip(FOUR_BITS, runners, strict=True):
+        with contextlib.closing(KvPool.create(layout, 12)) as pool:
+            runner.attach(pool)
+            slices = [SequenceSlice([number + 1], 0, [number], "all") for number in range(12)]
+            found[format] = [runner.forward(slices), torch.cat([runner.forward([each]) for each in slices])]
+    assert torch.equal(*found["w4a8"])
+    assert 0 < (found["w4a8"][0] - found["int4"][0]).abs().max() < 0.1 * found["int4"][0].abs().max()

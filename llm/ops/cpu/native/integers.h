@@ -18,6 +18,13 @@ inline int32_t load_word(const void* source) {
     return word;
 }
 
+typedef int16_t EightShorts __attribute__((vector_size(16)));
+
+// Of a group's integers: of each four the first two, and the last two, added up.
+struct PairSums {
+    int32_t first, last;
+};
+
 // A thread's memory for weights made ready, 64-byte aligned, kept until the thread ends.
 inline char* panel_memory(size_t bytes) {
     static thread_local std::vector<char> memory;

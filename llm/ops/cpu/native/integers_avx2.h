@@ -60,6 +60,48 @@ inline Sums add_products(Sums sums, Pairs weights, const int16_t* two_inputs) {
             in_register(_mm256_add_epi32(sums.high, _mm256_madd_epi16(weights.high, inputs)))};
 }
 
+inline Pairs joined(Pairs a, Pairs b, __m256i (*join)(__m256i, __m256i)) { return {join(a.low, b.low), join(a.high, b.high)}; }
+
+// A line's low nibbles and its high ones, as bytes.
+inline void split_nibbles(const void* line, Pairs* two) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const Pairs both = load_pairs(line);
+    two[0] = changed(both, [mask](__m256i part) { return _mm256_and_si256(part, mask); });
+    two[1] = changed(both, [mask](__m256i part) { return _mm256_and_si256(_mm256_srli_epi16(part, 4), mask); });
+}
+inline Pairs add_bytes(Pairs a, Pairs b) {
+    return joined(a, b, [](__m256i x, __m256i y) { return _mm256_add_epi8(x, y); });
+}
+inline Pairs subtract_bytes(Pairs a, Pairs b) {
+    return joined(a, b, [](__m256i x, __m256i y) { return _mm256_sub_epi8(x, y); });
+}
+inline Pairs splat_byte(char value) { return {_mm256_set1_epi8(value), _mm256_set1_epi8(value)}; }
+
+// Sums of 16 bits, two of each output: of half a group each. They may wrap on the way, but are right in the end (mixed_rows.h), so the
+// multiplication that widens them is done once for a group. A pair of products is at most 2 * 120 * 127, which fits.
+struct MixedStart {
+    int16_t first, second;
+    int32_t rest;
+
+    MixedStart(int32_t first, int32_t second, int32_t rest) : first(int16_t(first)), second(int16_t(second)), rest(rest) {}
+};
+struct MixedSums {
+    __m256i low, high;
+};
+inline MixedSums begin_sums(const MixedStart& start) {
+    const __m256i both = _mm256_set1_epi32(load_word(&start));
+    return {both, both};
+}
+inline MixedSums add_mixed(MixedSums sums, Pairs weights, const int8_t* four_inputs) {
+    const __m256i inputs = _mm256_set1_epi32(load_word(four_inputs));
+    return {in_register(_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(weights.low, inputs))),
+            in_register(_mm256_add_epi16(sums.high, _mm256_maddubs_epi16(weights.high, inputs)))};
+}
+inline Sums end_sums(MixedSums sums, const MixedStart& start) {
+    const __m256i ones = _mm256_set1_epi16(1), rest = _mm256_set1_epi32(start.rest);
+    return {_mm256_add_epi32(_mm256_madd_epi16(sums.low, ones), rest), _mm256_add_epi32(_mm256_madd_epi16(sums.high, ones), rest)};
+}
+
 inline Reals zero_reals() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Reals load_reals(const float* source) { return {_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8)}; }
 inline Reals load_halves(const uint16_t* source) {

@@ -35,6 +35,28 @@ inline Sums add_products(Sums sums, Pairs weights, const int16_t* two_inputs) {
     return _mm512_dpwssd_epi32(sums, weights, _mm512_set1_epi32(load_word(two_inputs)));
 }
 
+// A line's low nibbles and its high ones, as bytes.
+inline void split_nibbles(const void* line, Pairs* two) {
+    const __m512i mask = _mm512_set1_epi8(15), both = load_pairs(line);
+    two[0] = _mm512_and_si512(both, mask);
+    two[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+}
+inline Pairs add_bytes(Pairs a, Pairs b) { return _mm512_add_epi8(a, b); }
+inline Pairs subtract_bytes(Pairs a, Pairs b) { return _mm512_sub_epi8(a, b); }
+inline Pairs splat_byte(char value) { return _mm512_set1_epi8(value); }
+
+struct MixedStart {
+    int32_t whole;
+
+    MixedStart(int32_t first, int32_t second, int32_t rest) : whole(first + second + rest) {}
+};
+using MixedSums = Sums;
+inline MixedSums begin_sums(const MixedStart& start) { return _mm512_set1_epi32(start.whole); }
+inline MixedSums add_mixed(MixedSums sums, Pairs weights, const int8_t* four_inputs) {
+    return _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32(load_word(four_inputs)));
+}
+inline Sums end_sums(MixedSums sums, const MixedStart&) { return sums; }
+
 inline Reals zero_reals() { return _mm512_setzero_ps(); }
 inline Reals load_reals(const float* source) { return _mm512_loadu_ps(source); }
 inline Reals load_halves(const uint16_t* source) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source)); }

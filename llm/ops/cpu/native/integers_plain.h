@@ -70,6 +70,51 @@ inline Sums add_products(Sums sums, const Pairs& weights, const int16_t* two_inp
     return sums;
 }
 
+// A line's low nibbles and its high ones, as bytes.
+inline void split_nibbles(const void* line, Pairs* two) {
+    const auto* bytes = static_cast<const uint8_t*>(line);
+    uint8_t low[LINE_BYTES], high[LINE_BYTES];
+    for (int place = 0; place < LINE_BYTES; place++) low[place] = bytes[place] & 15, high[place] = bytes[place] >> 4;
+    two[0] = copied<Pairs>(low);
+    two[1] = copied<Pairs>(high);
+}
+template <class Join>
+inline Pairs joined_bytes(const Pairs& a, const Pairs& b, Join join) {
+    uint8_t left[LINE_BYTES], right[LINE_BYTES];
+    store_pairs(left, a);
+    store_pairs(right, b);
+    for (int place = 0; place < LINE_BYTES; place++) left[place] = uint8_t(join(left[place], right[place]));
+    return copied<Pairs>(left);
+}
+inline Pairs add_bytes(const Pairs& a, const Pairs& b) {
+    return joined_bytes(a, b, [](int x, int y) { return x + y; });
+}
+inline Pairs subtract_bytes(const Pairs& a, const Pairs& b) {
+    return joined_bytes(a, b, [](int x, int y) { return x - y; });
+}
+inline Pairs splat_byte(char value) {
+    Pairs result;
+    std::memset(&result, value, sizeof result);
+    return result;
+}
+
+struct MixedStart {
+    int32_t whole;
+
+    MixedStart(int32_t first, int32_t second, int32_t rest) : whole(first + second + rest) {}
+};
+using MixedSums = Sums;
+inline MixedSums begin_sums(const MixedStart& start) {
+    return each_lane<Sums>([&](int) { return start.whole; });
+}
+inline MixedSums add_mixed(MixedSums sums, const Pairs& weights, const int8_t* four_inputs) {
+    uint8_t bytes[LINE_BYTES];
+    store_pairs(bytes, weights);
+    for (int place = 0; place < LINE_BYTES; place++) sums.lanes[place / QUAD] += bytes[place] * four_inputs[place % QUAD];
+    return sums;
+}
+inline Sums end_sums(const MixedSums& sums, const MixedStart&) { return sums; }
+
 inline Reals zero_reals() { return Reals{}; }
 inline Reals load_reals(const float* source) { return copied<Reals>(source); }
 inline Reals load_halves(const uint16_t* source) {

@@ -6,11 +6,11 @@
 #include <cstring>
 
 #include "product_float.h"
-#include "product_integer.h"
+#include "product_mixed.h"
 
 namespace tandem {
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, W4A8 = 4 };  // W4A8: INT4 with rows in 8 bits
 
 // y = x W^T with W [outputs, depth]. What the pointers mean is the format's affair.
 struct Matrix {
@@ -26,12 +26,14 @@ struct Matrix {
 // Bytes of one row made ready, a multiple of 64.
 inline size_t input_row_bytes(const Matrix& matrix) {
     if (matrix.format == INT8 || matrix.format == INT4) return RowLayout(matrix.depth).bytes();
+    if (matrix.format == W4A8) return MixedLayout(matrix.depth).bytes();
     return (size_t(matrix.depth) * sizeof(float) + 63) / 64 * 64;
 }
 
 // Makes a row of floats ready to be multiplied.
 inline void prepare_row(const Matrix& matrix, const float* x, void* row) {
     if (matrix.format == INT8 || matrix.format == INT4) return quantise(x, matrix.depth, row);
+    if (matrix.format == W4A8) return quantise_mixed(x, matrix.depth, row);
     std::memcpy(row, x, size_t(matrix.depth) * sizeof(float));
 }
 
@@ -47,8 +49,10 @@ inline void multiply(const Matrix& matrix, const void* input, int num_rows, floa
     if (matrix.format == BFLOAT16) return multiply_floats(static_cast<const uint16_t*>(matrix.values));
     const auto* values = static_cast<const uint8_t*>(matrix.values);
     const auto* scales = static_cast<const uint16_t*>(matrix.scales);
-    const Rows rows{static_cast<const char*>(input), RowLayout(matrix.depth)};
     const Target target{out, out_stride, first, last};
+    const char* bytes = static_cast<const char*>(input);
+    if (matrix.format == W4A8) return multiply_mixed(values, scales, {bytes, MixedLayout(matrix.depth)}, num_rows, target);
+    const Rows rows{bytes, RowLayout(matrix.depth)};
     if (matrix.format == INT8) return multiply_integer<Int8Block>(values, scales, rows, num_rows, target);
     multiply_integer<Int4Block>(values, scales, rows, num_rows, target);
 }

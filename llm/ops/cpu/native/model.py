@@ -54,14 +54,20 @@ class NativeModel:
         library: ctypes.CDLL,
         threads: int,
         turns: Turns | None = None,
+        *,
+        rows_in_bytes: bool = False,
     ) -> None:
-        """`turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers."""
+        """`rows_in_bytes`: four-bit weights multiply rows in 8 bits.
+
+        `turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers.
+        """
         self.config, self._library, self._turns = config, library, turns
         self.description = (
             f"native {Path(library._name).stem.rpartition('-')[2]}{', in turns' if turns is not None and turns.shared else ''}"
         )
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
+        self._kernels = {"int8": "int8", "int4": "w4a8" if rows_in_bytes else "int4"}
         self._shapes = {item.name: item.shape for item in plan_tensors(config)}
         self._shapes.setdefault("head", self._shapes["embedding"])
         self._layers = (structures.Layer * config.num_layers)(*map(self._layer, range(config.num_layers)))
@@ -129,7 +135,7 @@ class NativeModel:
             plain = structures.FORMATS[_NAMES[self._tensors[name].dtype]]
             return structures.Matrix(plain, outputs, depth, values=self._pointer(name))
         parts = {part: self._pointer(f"{name}.{part}") for part in ("values", "scales")}
-        return structures.Matrix(structures.FORMATS[format], outputs, depth, **parts)
+        return structures.Matrix(structures.FORMATS[self._kernels[format]], outputs, depth, **parts)
 
     def _pointer(self, name: str) -> int | None:
         tensor = self._tensors.get(name)

@@ -18,10 +18,12 @@ Rows = npt.NDArray[np.uint8]
 class Product:
     """y = x W^T."""
 
-    def __init__(self, weight: PackedInt8 | PackedInt4 | Floats, library: ctypes.CDLL) -> None:
+    def __init__(self, weight: PackedInt8 | PackedInt4 | Floats, library: ctypes.CDLL, format: str | None = None) -> None:
+        """`format`: another than the weight's own that takes the same arrays, as w4a8 takes int4's."""
         self._library, self._kept = library, weight
         self.outputs, self.depth = weight.shape
-        self._matrix = structures.Matrix(_format(weight), self.outputs, self.depth, **_pointers(weight))
+        number = _format(weight) if format is None else structures.FORMATS[format]
+        self._matrix = structures.Matrix(number, self.outputs, self.depth, **_pointers(weight))
 
     def prepare(self, x: Floats) -> Rows:
         """Rows ready to be multiplied, in this library's own form. x [n, depth]"""

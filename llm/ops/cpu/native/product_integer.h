@@ -113,16 +113,22 @@ inline void integer_rows(const Block& block, const Rows& rows, int count, int fi
     });
 }
 
+// Calls work(block, its first output) for each block of the target.
+template <class Block, class Work>
+inline void for_each_block(const uint8_t* values, const uint16_t* scales, int groups, const Target& target, Work work) {
+    for (int index = target.first_block(); index < target.end_block(); index++)
+        work(Block{values + size_t(index) * groups * Block::BYTES, scales + size_t(index) * groups * Block::HALVES * BLOCK_OUTPUTS},
+             index * BLOCK_OUTPUTS);
+}
+
 template <class Block>
 inline void multiply_integer(const uint8_t* values, const uint16_t* scales, const Rows& rows, int count, const Target& target) {
-    const int groups = rows.layout.groups;
-    for (int index = target.first_block(); index < target.end_block(); index++) {
-        const Block block{values + size_t(index) * groups * Block::BYTES, scales + size_t(index) * groups * Block::HALVES * BLOCK_OUTPUTS};
+    for_each_block<Block>(values, scales, rows.layout.groups, target, [&](const Block& block, int first_output) {
         if (count <= INTEGER_ROWS)
-            integer_rows(block, rows, count, index * BLOCK_OUTPUTS, target);
+            integer_rows(block, rows, count, first_output, target);
         else
-            integer_rows(widen_block(block, groups), rows, count, index * BLOCK_OUTPUTS, target);
-    }
+            integer_rows(widen_block(block, rows.layout.groups), rows, count, first_output, target);
+    });
 }
 
 }  // namespace tandem

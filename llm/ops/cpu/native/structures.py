@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
 PHASES = ("embed", "norm", "qkv", "rope, KV write", "attention", "prepare", "output", "gate, up, SiLU", "down", "head")
 """In the order of phases.h."""
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "w4a8": 4}
 """Numbers of matrix.h's Format."""
 
 

@@ -83,6 +83,12 @@ inline void narrow(float value, uint16_t* target) {
 
 typedef float Eight __attribute__((vector_size(32)));
 
+inline Eight load_eight(const float* source) {
+    Eight value;
+    std::memcpy(&value, source, sizeof value);
+    return value;
+}
+
 inline Eight fold(Floats value) {
 #if defined(__AVX512F__)
     return (Eight)_mm512_castps512_ps256((__m512)value) + (Eight)_mm512_extractf32x8_ps((__m512)value, 1);
