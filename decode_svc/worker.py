@@ -21,6 +21,7 @@ from tandem.addresses import target
 from tandem.api.v1 import operations_pb2
 from tandem.channels import open_internal_channel
 from tandem.compute import num_threads
+from tandem.cores import num_usable_cores
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
@@ -58,7 +59,7 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
             threads=num_threads(weights),
-            itl_target_ms=weights.itl_target_ms,
+            cores=num_usable_cores(),
             gpu=gpu_settings(device, settings.batch_on(device)),
         )
         files = resolve_model(settings.model)

@@ -21,9 +21,6 @@ from llm.ops.operations import HostOperations, TorchOperations
 
 logger = logging.getLogger(__name__)
 
-ITL_TARGET_MS = 200
-"""Between two tokens of a sequence while prompts are computed on the same cores."""
-
 
 class HostModel(Protocol):
     """A model whose steps are complete when they return."""
@@ -60,12 +57,12 @@ def make_host_model(
     cache_directory: Path,
     *,
     kv_dtype: KvDtype = "bfloat16",
-    itl_target_ms: int = ITL_TARGET_MS,
+    cores: int | None = None,
     rows_in_bytes: bool = False,
 ) -> HostModel:
     """`tensors` as load_tensors gives them. Processes that start together should take turns, since this may compile.
 
-    `itl_target_ms`: within it, others on the same cores get a turn while this model is in a long step; 0 takes no turns.
+    `cores`: whose time this process gets, to be shared with others that compute there; None: all that it may run on.
     `rows_in_bytes`: four-bit weights multiply rows in 8 bits.
 
     Raises UnsupportedModelError for packed weights and int8 KV where there is no native step for the model.
@@ -74,11 +71,12 @@ def make_host_model(
     library = native_library(cache_directory)
     if library is not None:
         from llm.ops.cpu.native.model import NativeModel, refusal
-        from llm.ops.cpu.native.turns import open_turns
+        from llm.ops.cpu.native.seats import open_seats
 
         refused = refusal(config, tensors)
         if refused is None:
-            return NativeModel(config, tensors, library, threads, open_turns(library, itl_target_ms), rows_in_bytes=rows_in_bytes)
+            seats = open_seats(library, cores or len(usable_cores()))
+            return NativeModel(config, tensors, library, threads, seats, rows_in_bytes=rows_in_bytes)
         reason = f"it does not take this model: {refused}"
         logger.info("no native step: %s", reason)
     if any(name.endswith(".values") for name in tensors):

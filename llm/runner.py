@@ -14,7 +14,7 @@ from llm.batch import SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu.settings import GpuSettings
-from llm.host_model import ITL_TARGET_MS, HostModel, SteppedModel, make_host_model, native_library, num_threads
+from llm.host_model import HostModel, SteppedModel, make_host_model, native_library, num_threads
 from llm.kv.layout import KvDtype, KvWish
 from llm.ops.operations import TorchOperations
 from llm.weight_format import Dtype, WeightFormat, WeightWish, has_rows_in_bytes, stored_format, told_format
@@ -37,8 +37,8 @@ class RunnerSettings:
     kv_dtype: KvWish = "auto"
     threads: int | None = None
     """CPU threads; None takes every core this process may use."""
-    itl_target_ms: int = ITL_TARGET_MS
-    """Most time between two tokens of a sequence that prompts on the same cores should cause; 0: compute without turns."""
+    cores: int | None = None
+    """Whose time this process gets, alone or with others there; None: all that it may run on."""
     cache_directory: Path = field(default_factory=lambda: Path.home() / ".cache" / "tandem")
     """Where converted weights are kept."""
     gpu: GpuSettings | None = None
@@ -109,7 +109,7 @@ class ModelRunner:
 
     @property
     def device_description(self) -> str:
-        """For people: "cpu (2 threads, native avx2, in turns; bfloat16 KV)"."""
+        """For people: "cpu (2 threads, native avx2; bfloat16 KV)"."""
         return f"cpu ({torch.get_num_threads()} threads, {self._model.description}; {self.kv_dtype} KV)"
 
     def report_layers(self, layer_done: Callable[[], None]) -> None:
@@ -176,7 +176,7 @@ def _make_model(
             settings.cache_directory,
             kv_dtype=settings.told_kv_dtype,
             rows_in_bytes=has_rows_in_bytes(format),
-            itl_target_ms=settings.itl_target_ms,
+            cores=settings.cores,
         )
 
 

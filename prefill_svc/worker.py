@@ -22,6 +22,7 @@ from prefill_svc.settings import PrefillSettings
 from tandem.addresses import advertised_host, free_port, target
 from tandem.api.v1 import operations_pb2
 from tandem.compute import num_threads
+from tandem.cores import num_usable_cores
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
 from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
@@ -60,7 +61,7 @@ def load(settings: PrefillSettings) -> tuple[ModelFiles, LoadedModel]:
             weights=weights.weights,
             kv_dtype=settings.kv.kv_dtype,
             threads=num_threads(weights),
-            itl_target_ms=weights.itl_target_ms,
+            cores=num_usable_cores(),
             gpu=gpu_settings(device, settings.max_prompts),
         )
         files = resolve_model(settings.model)

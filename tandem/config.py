@@ -33,7 +33,6 @@ KNOWN_VARIABLES: frozenset[str] = OTHER_VARIABLES | frozenset(
         "TANDEM_WEIGHTS",
         "TANDEM_RESUME_WAIT_S",
         "TANDEM_THREADS",
-        "TANDEM_ITL_TARGET_MS",
         "TANDEM_KV_BLOCKS",
         "TANDEM_KV_MEMORY_MIB",
         "TANDEM_GPU_MEMORY_FRACTION",

@@ -21,14 +21,6 @@ class WeightSettings:
         metadata={"help": "weight format; auto: as --dtype says, else the fastest as measured at load of those that predict well"},
     )
     threads: int = field(default=0, metadata={"help": "threads to compute with; 0: one per core"})
-    itl_target_ms: int = field(
-        default=200,
-        metadata={
-            "help": "on a CPU, most time between two tokens that prompts on the same cores should cause; "
-            "0: compute at the same time as others there, without turns",
-            "minimum": 0,
-        },
-    )
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):

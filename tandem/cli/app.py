@@ -100,12 +100,6 @@ def up(
         typer.Option(help="What KV is kept in; int8: half the bytes, on CPUs. Default: TANDEM_KV_DTYPE or auto, as --dtype says."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker. Default: its own choice.")] = None,
-    itl_target_ms: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="On shared cores: most ms between two tokens while prompts are computed; 0: no turns. Default: 200."
-        ),
-    ] = None,
     ask: Annotated[list[str] | None, typer.Option(metavar="QUESTION", help="Ask this once it serves; repeatable.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log lines of all processes.")] = False,
@@ -129,7 +123,6 @@ def up(
         prefill_weights=_value(prefill_weights or weights),
         decode_weights=_value(decode_weights or weights),
         threads=threads,
-        itl_target_ms=itl_target_ms,
     )
     run_up(UpOptions(plan, questions=tuple(ask or ()), once=once, verbose=verbose))
 

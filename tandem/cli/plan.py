@@ -27,7 +27,6 @@ class SuitePlan:
     prefill_weights: str | None = None
     decode_weights: str | None = None
     threads: int | None = None
-    itl_target_ms: int | None = None
 
     @property
     def address(self) -> str:
@@ -81,7 +80,6 @@ def _worker(plan: SuitePlan, name: str, seat: Seat, port: int) -> Member:
         "--kv-dtype": plan.kv_dtype,
         "--weights": plan.prefill_weights if role == "prefill" else plan.decode_weights,
         "--threads": plan.threads,
-        "--itl-target-ms": plan.itl_target_ms,
     }
     flags = [part for flag, value in optional.items() if value is not None for part in (flag, str(value))]
     where = ("--model", plan.model, "--host", LOOPBACK, "--port", str(port))

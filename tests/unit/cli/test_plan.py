@@ -31,7 +31,7 @@ def test_targets_are_listed_and_all_ports_differ() -> None:
 
 def test_unset_options_are_left_to_the_environment() -> None:
     assert (
-        not {"--dtype", "--kv-dtype", "--weights", "--threads", "--itl-target-ms", "--device", "--gpu-memory-fraction"}
+        not {"--dtype", "--kv-dtype", "--weights", "--threads", "--device", "--gpu-memory-fraction"}
         & flags(plan_members(SuitePlan("m"))[1].spec.command).keys()
     )
     told = flags(plan_members(SuitePlan("m", dtype="float32", threads=2))[2].spec.command)
@@ -47,11 +47,6 @@ def test_each_role_is_told_its_weights() -> None:
 def test_both_roles_are_told_the_same_kind_of_kv() -> None:
     _, prefill, decode = plan_members(SuitePlan("m", kv_dtype="int8"))
     assert [flags(member.spec.command)["--kv-dtype"] for member in (prefill, decode)] == ["int8", "int8"]
-
-
-def test_both_roles_are_told_how_to_take_turns() -> None:
-    _, prefill, decode = plan_members(SuitePlan("m", itl_target_ms=0))
-    assert [flags(member.spec.command)["--itl-target-ms"] for member in (prefill, decode)] == ["0", "0"]
 
 
 def test_each_worker_is_told_its_device_and_its_share() -> None:

@@ -1,5 +1,6 @@
 """The native step against the model of torch operations: odd shapes, mixed batches, every instruction set that runs here."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from llm.kv.pool import blocks_in
 from llm.model import Model
 from llm.ops.cpu.native import library
 from llm.ops.cpu.native.model import NativeModel, refusal
+from llm.ops.cpu.native.seats import Seats
 from llm.ops.operations import TorchOperations
 from llm.weights_plan import ROPE, plan_tensors
 from tandem.models import cache_directory
@@ -162,6 +164,24 @@ def test_a_prompt_is_the_same_to_the_bit_in_any_chunks(dtype: torch.dtype) -> No
         parts = model.forward(build_batch([SequenceSlice(tokens[start:end], start, range(38), "last")], 16), pool)
     assert torch.equal(parts, whole)
     assert torch.equal(pool, kept)
+
+
+def test_a_step_gives_cores_away_in_its_middle_and_stays_the_same_to_the_bit(tmp_path: Path) -> None:
+    config, native = make_config(num_layers=3), library.load(cache_directory())
+    mine, theirs = (Seats(native, tmp_path / "seats", 2) for _ in range(2))
+    model, shares = NativeModel(config, make_tensors(config, torch.float32), native, 2, mine), []
+    batch, pool = make_batch([(0, 200, "last")], 16), make_pool(config, 16, torch.float32)
+    alone = model.forward(batch, pool)
+    with contextlib.ExitStack() as beside:
+
+        def layer_done() -> None:
+            shares.append(mine.share())
+            if len(shares) == 1:
+                beside.enter_context(theirs.taken())
+
+        model.layer_done = layer_done
+        assert torch.equal(model.forward(batch, pool), alone)
+    assert shares == [2, 1, 1]
 
 
 def test_layers_are_told() -> None:

@@ -4,15 +4,15 @@
 
 #include "block_copy.h"
 #include "draw.h"
+#include "seats.h"
 #include "step.h"
-#include "turns.h"
 
 using tandem::Batch;
 using tandem::Matrix;
 using tandem::Model;
 using tandem::Pool;
+using tandem::Seats;
 using tandem::Step;
-using tandem::Turns;
 using tandem::XxhTable;
 
 namespace {
@@ -45,6 +45,9 @@ int tandem_begin(Step* step, const Batch* batch, const Pool* pool) {
     return guarded([&] { step->begin(*batch, *pool); });
 }
 
+// Of those that there are: how many threads compute from now on.
+void tandem_use_threads(Step* step, int threads) { step->use_threads(threads); }
+
 void tandem_run_layers(Step* step, int first, int last) { step->run_layers(first, last); }
 
 void tandem_finish(Step* step, float* logits) { step->finish(logits); }
@@ -72,21 +75,21 @@ void tandem_weigh(const float* values, int count, float factor, float* weights, 
 }
 
 // Null if the memory cannot be shared.
-Turns* tandem_open_turns(const char* path) {
-    Turns* turns = nullptr;
-    guarded([&] { turns = new Turns(path); });
-    if (turns && turns->shared()) return turns;
-    delete turns;
+Seats* tandem_open_seats(const char* path) {
+    Seats* seats = nullptr;
+    guarded([&] { seats = new Seats(path); });
+    if (seats && seats->shared()) return seats;
+    delete seats;
     return nullptr;
 }
 
-void tandem_close_turns(Turns* turns) { delete turns; }
+void tandem_close_seats(Seats* seats) { delete seats; }
 
-int tandem_take_turn(Turns* turns, int limit_ms) { return turns->take(limit_ms); }
+int tandem_take_seat(Seats* seats) { return seats->take(); }
 
-void tandem_give_turn(Turns* turns) { turns->give(); }
+void tandem_leave_seat(Seats* seats, int seat) { seats->leave(seat); }
 
-int tandem_turn_is_wanted(Turns* turns) { return turns->wanted(); }
+int tandem_count_others(Seats* seats, int mine) { return seats->others(mine); }
 
 // sums[i]: the checksum of block ids[i]; a block is so many 64-bit words.
 void tandem_sum_blocks(const uint64_t* pool, const int32_t* ids, int count, int64_t num_words, uint64_t* sums, const XxhTable* table) {

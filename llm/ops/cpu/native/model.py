@@ -15,7 +15,7 @@ from llm.batch import Batch
 from llm.config import ModelConfig
 from llm.kv.layout import SCALE_BYTES
 from llm.ops.cpu.native import structures
-from llm.ops.cpu.native.turns import Turns
+from llm.ops.cpu.native.seats import Seats
 from llm.weights_packed import packed_format
 from llm.weights_plan import ROPE, plan_tensors
 
@@ -53,18 +53,16 @@ class NativeModel:
         tensors: Mapping[str, torch.Tensor],
         library: ctypes.CDLL,
         threads: int,
-        turns: Turns | None = None,
+        seats: Seats | None = None,
         *,
         rows_in_bytes: bool = False,
     ) -> None:
         """`rows_in_bytes`: four-bit weights multiply rows in 8 bits.
 
-        `turns`: with other processes on the same cores; a step of few rows is one turn, a long one gives way between layers.
+        `seats`: among others on the same cores; a step of few rows looks once who computes too, a long one at each layer.
         """
-        self.config, self._library, self._turns = config, library, turns
-        self.description = (
-            f"native {Path(library._name).stem.rpartition('-')[2]}{', in turns' if turns is not None and turns.shared else ''}"
-        )
+        self.config, self._library, self._seats, self._threads = config, library, seats, threads
+        self.description = f"native {Path(library._name).stem.rpartition('-')[2]}"
         self.layer_done: Callable[[], None] = lambda: None
         self._tensors = dict(tensors)
         self._kernels = {"int8": "int8", "int4": "w4a8" if rows_in_bytes else "int4"}
@@ -79,23 +77,28 @@ class NativeModel:
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""
-        with nullcontext() if self._turns is None else self._turns.turn():
+        with nullcontext() if self._seats is None else self._seats.taken():
             return self._forward(batch, pool)
 
     def _forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         library, step, num_layers = self._library, self._step, self.config.num_layers
         logits = torch.empty(len(batch.logits_rows), self.config.vocab_size)
+        self._share_cores()
         described = _describe_batch(batch), _describe_pool(pool)
         if library.tandem_begin(step, *map(ctypes.byref, described)):
             raise MemoryError(f"no memory for a step of {len(batch.positions)} tokens")
         at_once = num_layers if len(batch.positions) <= _FEW_ROWS else 1
         for first in range(0, num_layers, at_once):
-            if first and self._turns is not None:
-                self._turns.pass_on()
+            if first:
+                self._share_cores()
             library.tandem_run_layers(step, first, first + at_once)
             self.layer_done()
         library.tandem_finish(step, logits.data_ptr())
         return logits
+
+    def _share_cores(self) -> None:
+        if self._seats is not None:
+            self._library.tandem_use_threads(self._step, min(self._threads, self._seats.share()))
 
     def take_phases(self) -> dict[str, float]:
         """Milliseconds of each phase, its barriers included, since the last call."""

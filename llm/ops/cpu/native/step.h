@@ -19,6 +19,8 @@ class Step {
 
     Phases& phases() { return phases_; }
 
+    void use_threads(int threads) { team_.use(threads); }
+
     // Looks up the tokens' embeddings and turns positions into angles.
     void begin(const Batch& batch, const Pool& pool) {
         batch_ = batch;

@@ -80,10 +80,13 @@ class Team {
 
     int size() const { return size_; }
 
+    // Of those that there are: how many threads `run` takes at most from now on.
+    void use(int threads) { used_ = std::clamp(threads, 1, size_); }
+
     // Calls work(index) for every index below the number of threads, each on a thread of its own; returns when all have ended.
     void run(const std::function<void(int)>& work) {
         const int64_t began = nanoseconds(CLOCK_MONOTONIC);
-        active_ = crowd_.threads(size_, began);
+        active_ = crowd_.threads(used_, began);
         work_ = &work;
         next_.store(0, std::memory_order_relaxed);
         if (active_ == 1) return work(0);
@@ -178,7 +181,7 @@ class Team {
     }
 
     const int size_;
-    int active_ = 1;
+    int used_ = size_, active_ = 1;
     const std::function<void(int)>* work_ = nullptr;
     std::unique_ptr<Seat[]> seats_;
     Crowd crowd_;
