@@ -19,7 +19,7 @@ PRODUCT_LOGGERS = ("tandem", "gateway", "prefill_svc", "decode_svc", "kvtransfer
 WARM_UP_SEEDS = 2
 """After these, nearly all memory that seeds need is there."""
 
-SEEDS_PER_COLLECTION = 3
+SEEDS_PER_COLLECTION = 5
 
 READY = "ready\n"
 """What a process says once it takes seeds."""
