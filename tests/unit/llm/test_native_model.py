@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compi
 
 SETS = library.supported_sets()
 BLOCKS = 80
+TINY = 4
+"""A norm over fewer values has rows of next to nothing now and then, where a rounding before it is larger than the tolerance."""
 
 
 def make_config(**changes: Any) -> ModelConfig:
@@ -70,11 +72,15 @@ def check(
     tensors = make_tensors(config, torch.float32 if dtype == torch.int8 else dtype)
     pool, expected_pool = (make_pool(config, block_tokens, dtype) for _ in range(2))
     expected_pool.copy_(pool)
+    untouched = pool.clone()
     operations = int8_kv.Int8KvOperations() if dtype == torch.int8 else TorchOperations()
     expected = Model(config, tensors, operations).forward(batch, expected_pool)
     actual = NativeModel(config, tensors, library.load(cache_directory(), name), threads).forward(batch, pool)
     assert actual.shape == expected.shape
-    close(actual, expected, 2e-5 if dtype == torch.float32 else 3e-2)
+    unsure = 0.0
+    if config.hidden_size < TINY and dtype == torch.float32 and expected.numel():
+        unsure = float((Model(config, _nudged(tensors), operations).forward(batch, untouched) - expected).abs().max())
+    close(actual, expected, 2e-5 if dtype == torch.float32 else 3e-2, unsure)
     close(_floats(pool), _floats(expected_pool), 2e-5 if dtype == torch.float32 else 3e-2)
 
 
@@ -82,9 +88,15 @@ def _floats(pool: torch.Tensor) -> torch.Tensor:
     return int8_kv.widened(pool) if pool.dtype == torch.int8 else pool.float()
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+def _nudged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each number off by a rounding."""
+    return {name: tensor * (1 + 2**-23 * (torch.randint(3, tensor.shape) - 1)) for name, tensor in tensors.items()}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, unsure: float = 0.0) -> None:
+    """`unsure` is how far the expected values themselves move for a rounding of what they come from."""
     if expected.numel():
-        assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+        assert (actual - expected).abs().max() <= tolerance * expected.abs().max() + 4 * unsure
 
 
 SEQUENCES = st.tuples(st.integers(0, 130), st.integers(1, 70) | st.just(1), st.sampled_from(["none", "last", "all"]))
