@@ -19,7 +19,7 @@ def flooded(scenario: Scenario, random: Random) -> Scenario:
     disturbed = random.random() < 0.2
     longs = [_long(random, number) for number in range(4)]
     short = replace(
-        longs[0], number=4, starts_at=random.uniform(0.004, 0.02), prompt=tokens(random, random.randint(1, SHORT_TOKENS))
+        longs[0], number=4, starts_at=random.uniform(0.004, 0.012), prompt=tokens(random, random.randint(1, SHORT_TOKENS))
     )
     return replace(
         scenario,
