@@ -146,6 +146,6 @@ def tokens(random: Random, count: int) -> tuple[int, ...]:
 
 
 KINDS: tuple[tuple[float, Callable[[Scenario, Random], Scenario]], ...] = (
-    *((0.02, flooded), (0.035, with_a_late_reader), (0.02, with_leavers), (0.03, with_a_sleeper_and_a_loss), (0.02, hurried)),
+    *((0.02, flooded), (0.05, with_a_late_reader), (0.02, with_leavers), (0.03, with_a_sleeper_and_a_loss), (0.02, hurried)),
 )
 """With the share of the seeds that are of each."""
