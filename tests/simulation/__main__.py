@@ -4,8 +4,7 @@ import argparse
 import os
 import sys
 
-from tests.simulation import campaign, checks, regressions, worker
-from tests.simulation.draw import scenario
+from tests.simulation import campaign, regressions, worker
 from tests.simulation.regressions import Regression
 from tests.simulation.scenario import Scenario
 
@@ -16,15 +15,9 @@ def main() -> int:
     if arguments.serve:
         worker.serve(arguments.without)
         return 0
-    if arguments.seed is not None:
+    if arguments.seed is not None or arguments.regression or arguments.regressions or arguments.noticed:
         _with_sets_in_order()
-        return _replay(scenario(arguments.seed), arguments.without, arguments.record)
-    if arguments.regression:
-        _with_sets_in_order()
-        return max(_replay(each, arguments.without) for each in regressions.load(arguments.regression).scenarios)
-    if arguments.regressions or arguments.noticed:
-        _with_sets_in_order()
-        return checks.regressions_hold() if arguments.regressions else checks.noticed(arguments.noticed)
+        return _run_here(arguments)
     plan = campaign.Plan(
         first=arguments.first,
         num_seeds=arguments.seeds,
@@ -34,6 +27,19 @@ def main() -> int:
         without=arguments.without,
     )
     return campaign.run(plan)
+
+
+def _run_here(arguments: argparse.Namespace) -> int:
+    """Few scenarios in this very process. Only here is the product loaded: a campaign leaves that, which takes seconds, to the
+    processes that it starts."""
+    from tests.simulation import checks
+    from tests.simulation.draw import scenario
+
+    if arguments.seed is not None:
+        return _replay(scenario(arguments.seed), arguments.without, arguments.record)
+    if arguments.regression:
+        return max(_replay(each, arguments.without) for each in regressions.load(arguments.regression).scenarios)
+    return checks.regressions_hold() if arguments.regressions else checks.noticed(arguments.noticed)
 
 
 def _arguments() -> argparse.Namespace:
