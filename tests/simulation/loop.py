@@ -84,8 +84,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         handle = Handle((context.run, callback, args))
         if process.alive:
             process.ready.append(handle)
-            if not process.able:
-                self.sort_in(process)
+            if not process.able and not process._frozen:  # as `sort_in`, without another call
+                process.able = True
+                self._able.append(process)
         return handle
 
     call_soon_threadsafe = call_soon
@@ -93,7 +94,13 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> Handle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        if context is None:
+            context, process = copy_context(), self.current
+        else:
+            process = context.get(PROCESS) or self.current
+        handle = Handle((context.run, callback, args))
+        heappush(self._timers, (self._now + delay, next(self.numbers), handle, process))
+        return handle
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
@@ -219,8 +226,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             _SLEEP_IS_OVER(*handle[2])
             return
         process.ready.append(handle)
-        if not process.able:
-            self.sort_in(process)
+        if not process.able and not process._frozen:
+            process.able = True
+            self._able.append(process)
 
     def _carry_out_plans(self) -> None:
         if self.num_events >= self._max_events:

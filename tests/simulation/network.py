@@ -27,7 +27,9 @@ class Network:
 
     def __init__(self, loop: SimulatedLoop, latency: Latency = Latency()) -> None:
         self.loop = loop
-        self.latency = latency
+        self._draw = loop.random.random
+        self._usual, self._slow = (latency.least_s, latency.most_s), (latency.most_s, latency.slow_s)
+        self._slow_share = latency.slow_share
         self.listeners: dict[str, Any] = {}
         """By "host:port": a server of either kind, with the `process` that it belongs to."""
         self.links: list[Any] = []
@@ -74,8 +76,8 @@ class Network:
             link.died(process)
 
     def delay(self) -> float:
-        random, latency = self.loop.random.random, self.latency
-        least_s, most_s = (latency.most_s, latency.slow_s) if random() < latency.slow_share else (latency.least_s, latency.most_s)
+        random = self._draw
+        least_s, most_s = self._slow if random() < self._slow_share else self._usual
         return least_s + (most_s - least_s) * random()
 
 
@@ -100,8 +102,9 @@ class Pipe:
             self._held.append((callback, arguments))
             return
         loop = network.loop
-        self._last = max(self._last + 1e-7, loop._now + network.delay())
-        loop.deliver(self.target, self._last, callback, *arguments)
+        when, earliest = loop._now + network.delay(), self._last + 1e-7
+        self._last = when = when if when > earliest else earliest
+        loop.deliver(self.target, when, callback, *arguments)
 
     def flush(self, extra_s: float) -> None:
         held, self._held = self._held, []

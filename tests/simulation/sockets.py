@@ -18,6 +18,7 @@ from tests.simulation.waited import Waited
 
 BUFFER_BYTES = 512
 FIRST_PORT = 40_000
+_PEEK = int(real_socket.MSG_PEEK)
 
 
 class SocketLayer:
@@ -165,7 +166,7 @@ class Socket(Waited):
         self._check_open()
         self._wait_for(lambda: bool(self._received) or self._ended)
         data = bytes(self._received[:count])
-        if not flags & real_socket.MSG_PEEK:
+        if not flags & _PEEK:
             self._take(len(data))
         return data
 

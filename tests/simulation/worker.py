@@ -88,6 +88,9 @@ def serve(without: str) -> None:
     from tests.simulation.draw import scenario
 
     logging.disable(logging.WARNING)
+    # Nobody reads where a record was made, or by whom; to find that out is most of what one takes.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     gc.disable()  # modules come to stay
     with simulated(without):
         print(READY, end="", flush=True)

@@ -35,7 +35,7 @@ class Server:
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         for name, handler in handlers.items():
-            self._handlers[f"/{service}/{name}"] = _without_bytes(handler)
+            self._handlers[f"/{service}/{name}"] = handler
 
     def add_insecure_port(self, address: str) -> int:
         if address in self.rpc.network.listeners:
@@ -73,7 +73,9 @@ class Server:
         return True
 
     def handler(self, path: str) -> Any:
-        return self._handlers.get(path)
+        """Made when it is asked for: most methods never are."""
+        handler = self._handlers.get(path)
+        return None if handler is None else _without_bytes(handler)
 
     def ended(self, call: "ServerCall") -> None:
         self.calls.discard(call)
