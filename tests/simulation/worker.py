@@ -85,13 +85,13 @@ def outcomes(scenarios: Iterable[Scenario]) -> Iterator[Outcome]:
 
 def serve(without: str) -> None:
     """Runs the ranges of seeds that come in by standard input, a line "first count" each, and prints a line for each seed."""
+    gc.disable()  # modules come to stay
     from tests.simulation.draw import scenario
 
     logging.disable(logging.WARNING)
     # Nobody reads where a record was made, or by whom; to find that out is most of what one takes.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    gc.disable()  # modules come to stay
     with simulated(without):
         print(READY, end="", flush=True)
         for outcome in outcomes(map(scenario, _asked_for())):
