@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 _KEPT_LINES = 30
@@ -28,24 +30,33 @@ class ChildSpec:
 
 
 class LogFile:
-    """A child's output on disk; the older half is dropped when it grows beyond a bound."""
+    """A child's output on disk; the older half is dropped when it grows beyond a bound.
+
+    Lines that the disk has no room for are dropped: whoever stopped reading because of them would block the child.
+    """
 
     def __init__(self, path: Path, max_bytes: int = _MAX_LOG_BYTES) -> None:
         self.path = path
         self._max_bytes = max_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
+        self._file = self._open()
 
     def write(self, line: str) -> None:
-        if self._file.tell() > self._max_bytes // 2:
-            self._file.close()
-            os.replace(self.path, self.path.with_suffix(".old.log"))
-            self._file = self.path.open("wb")
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        with contextlib.suppress(OSError):
+            if self._file.tell() > self._max_bytes // 2:
+                self._rotate()
+            self._file.write(line.encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()
+
+    def _open(self) -> FileIO:
+        return self.path.open("wb", buffering=0)
+
+    def _rotate(self) -> None:
+        os.replace(self.path, self.path.with_suffix(".old.log"))
+        full, self._file = self._file, self._open()
+        full.close()
 
 
 class Child:

@@ -222,6 +222,18 @@ def test_log_file_is_bounded(tmp_path: Path) -> None:
     assert log.path.read_text().endswith("line 999\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+async def test_a_child_that_talks_to_a_full_disk_goes_on(tmp_path: Path) -> None:
+    diary, log_directory = Diary(), tmp_path / "logs"
+    log_directory.mkdir()
+    (log_directory / "talker.log").symlink_to("/dev/full")
+    program = "for number in range(20_000): print('line', number, flush=True)\nraise SystemExit(2)"
+    with pytest.raises(ChildFailedError) as failure:
+        async with asyncio.timeout(20), Supervisor([child("talker", program)], log_directory, diary) as supervisor:
+            await supervisor.wait_failed()
+    assert failure.value.last_lines[-1] == "line 19999"
+
+
 async def test_long_and_broken_lines_are_kept(tmp_path: Path) -> None:
     diary = Diary()
     program = "import sys; sys.stdout.buffer.write(b'x' * 200_000 + b'\\n\\xff\\nend'); sys.stdout.flush(); sys.exit(2)"
