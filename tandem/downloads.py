@@ -30,6 +30,10 @@ class ModelError(Exception):
     """The model cannot be had; the text tells a person why and what to do."""
 
 
+class NotFetchedError(ModelError):
+    """The model is not on this machine, and fetching it was not asked for."""
+
+
 class Progress(Protocol):
     """Told how far a slow stage is."""
 
@@ -98,7 +102,7 @@ def pull_pinned(
     if _is_verified(model, path, thorough, progress):
         return path
     if not download:
-        raise ModelError(f"The model {model.name} is not at {path}. Run `tandem pull {model.name}`.")
+        raise NotFetchedError(f"The model {model.name} is not at {path}. Run `tandem pull {model.name}`.")
     with _exclusive(path, progress):
         # Another process may have fetched it while this one waited.
         if not _is_verified(model, path, False, progress):
@@ -121,7 +125,7 @@ def pull_hub(name: str, cache: Path, download: bool, progress: Progress) -> Path
             name, allow_patterns=_HUB_PATTERNS, cache_dir=own_cache, local_files_only=not download
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(_hub_failure(name, download, error)) from error
+        raise (ModelError if download else NotFetchedError)(_hub_failure(name, download, error)) from error
     return Path(directory)
 
 

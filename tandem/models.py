@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.downloads import PINNED_MODELS, PROVIDED, ModelError, PinnedModel, Progress, pull_hub, pull_pinned
+from tandem.downloads import PINNED_MODELS, PROVIDED, ModelError, NotFetchedError, PinnedModel, Progress, pull_hub, pull_pinned
 from tandem.fingerprints import fingerprint_files, fingerprint_value
 from tandem.random_models import RANDOM_MODELS
 
@@ -22,6 +22,7 @@ __all__ = [
     "RANDOM_MODELS",
     "ModelError",
     "ModelFiles",
+    "NotFetchedError",
     "Progress",
     "cache_directory",
     "resolve_model",

@@ -10,6 +10,9 @@ import typer
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# What the contract's fields hold; what a model allows is the gateway's to say.
+_INT32_MAX = 2**31 - 1
+_UINT64_MAX = 2**64 - 1
 
 app = typer.Typer(
     help=(
@@ -74,8 +77,12 @@ Address = Annotated[str, typer.Option("--address", "-a", metavar="HOST:PORT", he
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions to the model, before the conversation.")]
 Temperature = Annotated[float, typer.Option(help="How freely tokens are drawn; 0 always takes the likeliest.")]
 TopP = Annotated[float | None, typer.Option(help="Draw only from the likeliest tokens that reach this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Draw only from this many of the likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(help="Names the random numbers: same seed, same answer.")]
+TopK = Annotated[
+    int | None, typer.Option(min=0, max=_INT32_MAX, metavar="N", help="Draw only from this many of the likeliest tokens.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=_UINT64_MAX, metavar="N", help="Names the random numbers: same seed, same answer.")
+]
 
 
 @app.command()
@@ -137,13 +144,17 @@ def generate(
         typer.Option("--chat/--raw", help="As a conversation, or as plain text to go on from. Default: chat if the model can."),
     ] = None,
     system: System = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, max=_INT32_MAX, metavar="N", help="Most tokens to generate.")
+    ] = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
-    logprobs: Annotated[int | None, typer.Option(metavar="N", help="Show each token's probability and its N likeliest.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, max=20, metavar="N", help="Show each token's probability and its N likeliest.")
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, process by process.")] = False,
 ) -> None:
     """Stream one answer to standard output; a summary follows on standard error."""
@@ -159,7 +170,9 @@ def chat(
     *,
     address: Address = DEFAULT_ADDRESS,
     system: System = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, max=_INT32_MAX, metavar="N", help="Most tokens of an answer.")
+    ] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,

@@ -17,7 +17,7 @@ from tandem.channels import open_channel
 from tandem.cli.client import QUICK_S, Gateway, exit_on_error, explain
 from tandem.cli.requests import SamplingOptions, Turn, make_request
 from tandem.cli.streaming import Answer, stream_answer, summary
-from tandem.cli.terminal import CommandError, notes, output, print_error, write_text
+from tandem.cli.terminal import CommandError, lenient_input, notes, output, print_error, write_text
 
 _HELP = """\
 /system TEXT  give the model instructions, and start anew; without TEXT: remove them
@@ -60,6 +60,7 @@ class ChatSession:
     def run(self, read: Callable[[], str]) -> None:
         """Read and answer until the end of input or /exit."""
         self._greet()
+        lenient_input()
         with contextlib.suppress(EOFError):
             while True:
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ _INTERRUPTED = 130
 _ADVICE = {
     Reason.PROMPT_TOO_LONG: "Shorten the prompt; in a chat, /reset starts anew.",
     Reason.PROMPT_EMPTY: "Give some text.",
+    Reason.MESSAGE_TOO_LARGE: "Shorten the prompt.",
     Reason.UNKNOWN_MODEL: "`tandem up --model NAME` chooses the model that a suite serves.",
     Reason.TEMPLATE_FAILED: "The model's chat template refuses this conversation; try --raw.",
     Reason.QUEUE_FULL: "The suite is busy. Try again in a moment.",
@@ -81,6 +83,12 @@ def exit_on_error() -> Iterator[None]:
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
+    except OSError as error:
+        # Who reads the other end of a pipe may leave without a word from us, which the framework sees to.
+        if error.errno in (None, errno.EPIPE):
+            raise
+        print_error(CommandError(str(error)))
+        raise SystemExit(1) from error
 
 
 def explain(error: grpc.RpcError, address: str) -> CommandError:
@@ -99,7 +107,8 @@ def explain(error: grpc.RpcError, address: str) -> CommandError:
 
 
 def _unreachable(failure: TandemError, address: str) -> CommandError:
-    if "connect" in failure.message.lower():
+    # gRPC's words for an address that refuses connections, or that no name server knows.
+    if any(word in failure.message.lower() for word in ("connect", "resolv")):
         advice = "Start one with `tandem up`, or give the right address with --address HOST:PORT."
         return CommandError(f"No gateway answers at {address}.", advice)
     return CommandError(f"The connection to the gateway at {address} was lost: {failure.message}", "Is the suite still running?")

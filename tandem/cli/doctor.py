@@ -20,7 +20,7 @@ from tandem.cli.handoff_check import handoff_reports
 from tandem.cli.terminal import output
 from tandem.cli.versions import DISTRIBUTION, installed
 from tandem.cores import num_usable_cores
-from tandem.models import ModelError, ModelFiles, cache_directory, resolve_model
+from tandem.models import ModelError, ModelFiles, NotFetchedError, cache_directory, resolve_model
 
 Mark = Literal["ok", "warn", "missing"]
 
@@ -156,8 +156,10 @@ def _files(model: str) -> Iterator[Finding]:
     yield Finding("ok" if free > _MIN_FREE_BYTES else "warn", "free disk", _gib(free))
     try:
         files = resolve_model(model, download=False)
-    except ModelError as error:
+    except NotFetchedError as error:
         yield Finding("warn", "model", str(error).splitlines()[0])
+    except ModelError as error:
+        yield Finding("missing", "model", str(error).splitlines()[0], needed=True)
     else:
         yield Finding("ok", "model", f"{files.name} at {files.path}" if files.path else files.name)
         yield from _weights(files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from tandem.api.v1 import generation_pb2, model_pb2
 from tandem.cli.client import QUICK_S, Gateway, connect, run_command
 from tandem.cli.requests import SamplingOptions, Turn, make_request
 from tandem.cli.streaming import Answer, stream_answer, summary
-from tandem.cli.terminal import CommandError, notes, output, write_text
+from tandem.cli.terminal import CommandError, lenient_input, notes, output, write_text
 from tandem.cli.trace import Trace, show_trace
 
 
@@ -35,7 +34,7 @@ def run_generate(options: GenerateOptions) -> None:
 
 
 async def _generate(options: GenerateOptions) -> None:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = lenient_input().read() if options.prompt == "-" else options.prompt
     async with connect(options.address) as gateway:
         request = await _make_request(gateway, prompt, options)
         trace = Trace() if options.trace else None

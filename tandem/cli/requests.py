@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.api.v1 import generation_pb2
+from tandem.cli.terminal import CommandError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,14 @@ def conversation(turns: Sequence[Turn]) -> generation_pb2.Chat:
 def make_request(
     prompt: str | Sequence[Turn], options: SamplingOptions, logprobs: int | None = None
 ) -> generation_pb2.GenerateRequest:
-    """A request for a text or a conversation."""
+    """A request for a text or a conversation. CommandError where a text is not Unicode, which arguments and input need not be."""
+    try:
+        return _make_request(prompt, options, logprobs)
+    except UnicodeEncodeError as error:
+        raise CommandError("The text is not valid UTF-8.", "Convert it, for instance with iconv.") from error
+
+
+def _make_request(prompt: str | Sequence[Turn], options: SamplingOptions, logprobs: int | None) -> generation_pb2.GenerateRequest:
     request = generation_pb2.GenerateRequest(
         sampling=generation_pb2.SamplingParams(
             temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed

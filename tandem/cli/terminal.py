@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
+from typing import TextIO
+
 from rich.console import Console
 from rich.text import Text
 
@@ -25,6 +29,13 @@ def output() -> Console:
 def notes() -> Console:
     """Standard error as it is now."""
     return Console(stderr=True, highlight=False)
+
+
+def lenient_input() -> TextIO:
+    """Standard input. Bytes that are no text do not fail when they are read; `make_request` refuses what they become."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
 
 
 def write_text(console: Console, text: str) -> None:

@@ -1,5 +1,6 @@
 """`tandem generate`, `tandem chat` and `tandem status` against a fake gateway over real gRPC."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,44 @@ def test_greedy_is_the_default(cli: Cli, gateway: FakeGateway) -> None:
 
 def test_prompt_from_standard_input(cli: Cli, gateway: FakeGateway) -> None:
     assert cli("generate", "-", "--raw", "-a", gateway.address, typed="from a pipe").stdout == "pipe a from\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(("--seed", "-1"), ("--seed", str(2**64)), ("--top-k", str(2**31)), ("--top-k", "-1")),
+        *(("-n", "0"), ("-n", str(10**20)), ("--logprobs", "21")),
+    ],
+)
+def test_numbers_that_no_request_can_hold_are_refused_by_name(cli: Cli, gateway: FakeGateway, options: tuple[str, str]) -> None:
+    result = cli("generate", "hi", "-a", gateway.address, *options)
+    assert result.exit_code == 2 and options[0] in result.stderr
+
+
+def test_the_largest_numbers_are_taken(cli: Cli, gateway: FakeGateway) -> None:
+    options = ("--seed", str(2**64 - 1), "--top-k", str(2**31 - 1), "-n", str(2**31 - 1), "--logprobs", "20")
+    assert cli("generate", "hi", "-a", gateway.address, *options).exit_code == 0
+
+
+@pytest.mark.parametrize("options", [("caf\udce9",), ("hi", "--system", "\udcff"), ("hi", "--stop", "\udcff")])
+def test_arguments_that_are_no_text_are_refused_in_words(cli: Cli, gateway: FakeGateway, options: tuple[str, ...]) -> None:
+    result = cli("generate", *options, "-a", gateway.address)
+    assert result.exit_code == 1 and result.stderr.startswith("error: The text is not valid UTF-8.")
+
+
+@pytest.mark.parametrize("command", [("generate", "-"), ("chat",)])
+def test_input_that_is_no_text_is_refused_in_words(gateway: FakeGateway, command: tuple[str, ...]) -> None:
+    program = [sys.executable, "-m", "tandem.cli", *command, "-a", gateway.address]
+    result = subprocess.run(program, input=b"caf\xe9\n", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, check=False)
+    assert b"error: The text is not valid UTF-8." in result.stderr and b"Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_an_answer_that_cannot_be_written_is_told_in_a_line(gateway: FakeGateway) -> None:
+    program = [sys.executable, "-m", "tandem.cli", "generate", "hi", "-a", gateway.address]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert result.returncode != 0 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
 
 
 def test_logprobs_are_a_table(cli: Cli, gateway: FakeGateway) -> None:

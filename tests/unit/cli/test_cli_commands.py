@@ -62,6 +62,11 @@ def test_doctor_says_which_weights_were_chosen_and_why(doctor: Callable[..., Res
     assert "chosen at the first start" in line_of(doctor("--model", "random:tiny"), "decode weights")
 
 
+def test_doctor_is_not_ready_with_a_model_that_does_not_exist(doctor: Callable[..., Result]) -> None:
+    result = doctor("--model", "random:tinny")
+    assert result.exit_code == 1 and "✗" in line_of(result, "model") and "Not ready: model." in result.stdout
+
+
 def test_doctor_names_gpus(doctor: Callable[..., Result]) -> None:
     result = doctor(torch=TorchReport(version="2.11", cuda_version="13.0", cpu_capability="AVX512", gpus=("H200, 141 GiB",)))
     assert "✓" in line_of(result, "GPU 0") and "H200" in line_of(result, "GPU 0")

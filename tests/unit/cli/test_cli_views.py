@@ -119,7 +119,14 @@ def test_violations_and_delays_are_shown() -> None:
     assert "Try again" in explain(rpc_error(TandemError(Reason.NO_WORKER, "none", retry_after_s=3)), "h:1").advice
 
 
-@pytest.mark.parametrize(("details", "said"), [("failed to connect to all addresses", "tandem up"), ("Socket closed", "running")])
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        ("failed to connect to all addresses", "tandem up"),
+        ("errors resolving foo: no such name", "--address"),
+        ("Socket closed", "running"),
+    ],
+)
 def test_missing_gateway_is_told_from_a_lost_one(details: str, said: str) -> None:
     error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
     shown = explain(error, "host:1")
