@@ -7,9 +7,14 @@ _WILDCARDS = ("0.0.0.0", "::", "[::]")
 
 def free_port(host: str) -> int:
     """A port that nobody listens on right now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as listener:
+    with listen(host, 0) as listener:
         return int(listener.getsockname()[1])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, on either kind of address; OSError if it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host.strip("[]"), port), family=family)
 
 
 def target(host: str, port: int) -> str:

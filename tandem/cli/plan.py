@@ -7,11 +7,12 @@ import socket
 import sys
 from dataclasses import dataclass, field
 
+from tandem.addresses import target
 from tandem.cli.placement import Placement, Seat
 from tandem.supervisor import ChildSpec
 
 LOOPBACK = "127.0.0.1"
-_WILDCARDS = ("0.0.0.0", "::")
+_WILDCARDS = ("0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SuitePlan:
     @property
     def address(self) -> str:
         """Where this machine reaches the gateway."""
-        return f"{LOOPBACK if self.host in _WILDCARDS else self.host}:{self.port}"
+        return target(LOOPBACK if self.host in _WILDCARDS else self.host, self.port)
 
 
 @dataclass(frozen=True)

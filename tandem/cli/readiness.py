@@ -29,7 +29,7 @@ async def _wait_listening(address: str) -> None:
     host, _, port = address.rpartition(":")
     while True:
         try:
-            _, writer = await asyncio.open_connection(host, int(port))
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         except OSError:
             await asyncio.sleep(_POLL_S)
         else:

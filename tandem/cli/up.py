@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from rich.text import Text
 
+from tandem.addresses import listen
 from tandem.api.v1 import model_pb2, operations_pb2
 from tandem.cli.client import QUICK_S, Gateway, connect, exit_on_error
 from tandem.cli.generate import ask
@@ -62,7 +62,7 @@ def run_up(options: UpOptions) -> None:
 
 def _check_port(plan: SuitePlan) -> None:
     try:
-        socket.create_server((plan.host, plan.port)).close()
+        listen(plan.host, plan.port).close()
     except OSError as error:
         advice = "Is a suite running already (`tandem status`)? Else choose another port: `tandem up --port 50052`."
         raise CommandError(f"The gateway cannot listen on {plan.host}:{plan.port}: {error.strerror}.", advice) from error

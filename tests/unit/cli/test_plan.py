@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from tandem.cli.placement import Placement, Seat
 from tandem.cli.plan import SuitePlan, plan_members
 
@@ -65,3 +67,11 @@ def test_gateway_stops_first_and_prefill_last() -> None:
 def test_a_gateway_on_every_interface_is_reached_by_loopback() -> None:
     assert SuitePlan("m", host="0.0.0.0", port=7).address == "127.0.0.1:7"
     assert SuitePlan("m", host="10.0.0.1", port=7).address == "10.0.0.1:7"
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("::1", "[::1]:50051"), ("[::1]", "[::1]:50051"), ("::", "127.0.0.1:50051"), ("0.0.0.0", "127.0.0.1:50051"), ("h", "h:50051")],
+)
+def test_the_gateway_is_reached_where_it_listens(host: str, address: str) -> None:
+    assert SuitePlan("m", host=host).address == address
