@@ -91,7 +91,7 @@ def _seats(devices: Sequence[str], users: Counter[str]) -> tuple[Seat, ...]:
 
 
 def _share(users: int) -> float | None:
-    return round(_MEMORY_FRACTION / users, 3) if users > 1 else None
+    return round(_MEMORY_FRACTION / users, 4) if users > 1 else None
 
 
 def _reason(num_gpus: int, named: bool, users: Counter[str]) -> str:
