@@ -103,6 +103,7 @@ class Thread:
             self._process.threads.discard(self)
         carrier = self._carrier
         if carrier is not None:
+            carrier.parent = getcurrent()  # one that has not run yet would go back to the thread that started it
             carrier.throw()
             if carrier.dead:
                 self._carrier = None
