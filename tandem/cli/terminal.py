@@ -32,7 +32,12 @@ def notes() -> Console:
 
 
 def lenient_input() -> TextIO:
-    """Standard input. Bytes that are no text do not fail when they are read; `make_request` refuses what they become."""
+    """Standard input. Bytes that are no text do not fail when they are read; `make_request` refuses what they become. Raises
+    CommandError if it is closed."""
+    if sys.stdin is None:
+        raise CommandError(
+            "there is no standard input to read from", "Open one, or give `tandem generate` the prompt as an argument."
+        )
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin

@@ -184,3 +184,11 @@ def test_a_hand_off_that_cannot_be_tried_is_a_failure(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (report,) = handoff_reports("random:tiny")
     assert not report.passed and report.error
+
+
+def test_a_prompt_from_a_closed_input_is_one_message() -> None:
+    """As a shell closes it: `tandem generate - 0<&-`."""
+    program = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'tandem.cli', 'generate', '-'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no standard input")
+    assert "Traceback" not in done.stderr
