@@ -98,13 +98,25 @@ def test_a_process_that_dies_in_its_step_takes_no_share(native: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("size", [0, 8, 4096])
-def test_memory_of_another_version_is_left_alone(native: Any, tmp_path: Path, size: int) -> None:
+def test_memory_of_another_size_is_left_alone(native: Any, tmp_path: Path, size: int) -> None:
     """To touch it beyond its end would end the process."""
-    (tmp_path / "seats").write_bytes(bytes(size))
+    Seats(native, tmp_path / "seats", 2)
+    (made,) = tmp_path.iterdir()
+    made.write_bytes(bytes(size))
     mine = Seats(native, tmp_path / "seats", 2)
     assert not mine.shared
     with mine.taken():
         assert mine.share() == 2
+
+
+def test_workers_of_another_version_are_beside_not_in_the_way(native: Any, tmp_path: Path) -> None:
+    """Their memory has another size, and so another name."""
+    (tmp_path / "seats").write_bytes(bytes(8))
+    (tmp_path / "seats-8").write_bytes(bytes(8))
+    mine, second = (Seats(native, tmp_path / "seats", 2) for _ in range(2))
+    assert mine.shared
+    with mine.taken(), second.taken():
+        assert mine.share() == 1
 
 
 def test_without_shared_memory_steps_have_all_cores(native: Any, tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ struct SeatMap {
 // Only speed depends on it.
 class Seats {
    public:
-    // `path` names the shared memory; it is made if it is not there. `shared()` is false if it could not be.
+    // `path` begins the name of the shared memory, which ends in its size, since other versions of this code may run beside; it is made
+    // if it is not there. `shared()` is false if it could not be.
     explicit Seats(const std::string& path) {
-        const int file = open_whole(path);
+        const int file = open_whole(path + "-" + std::to_string(sizeof(SeatMap)));
         if (file < 0) return;
         void* memory = ours(file) ? mmap(nullptr, sizeof(SeatMap), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) : MAP_FAILED;
         close(file);
@@ -95,7 +96,7 @@ class Seats {
         return open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     }
 
-    // Others may make files in that folder, too, and another version of this code a shorter one.
+    // Others may make files in that folder, too.
     static bool ours(int file) {
         struct stat status;
         return !fstat(file, &status) && status.st_uid == geteuid() && status.st_size == sizeof(SeatMap);
