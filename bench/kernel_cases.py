@@ -109,10 +109,14 @@ def _rope(rows: int) -> Case:
     pool = _pool(-(-rows // PAGE), layers=2)
     blocks = torch.arange(rows, dtype=torch.int32, device="cuda")
     places = KvPlaces(blocks // PAGE, blocks % PAGE)
-    angles = Angles(torch.rand(rows, HEAD_DIM // 2, device="cuda"), torch.rand(rows, HEAD_DIM // 2, device="cuda"))
+    angles = _angles(rows)
     num_bytes = rows * HEAD_DIM * 2 * (2 * (HEADS + KV_HEADS) + KV_HEADS + 2 * KV_HEADS)
     inputs = [_random(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM) for _ in range(_copies(num_bytes))]
     return Case(f"rotate_and_write {rows}", [partial(rotate_and_write, x, angles, places, pool, 1) for x in inputs], num_bytes)
+
+
+def _angles(rows: int) -> Angles:
+    return Angles(torch.rand(rows, HEAD_DIM // 2, device="cuda"), torch.rand(rows, HEAD_DIM // 2, device="cuda"))
 
 
 def _pool(num_blocks: int, layers: int = 1) -> torch.Tensor:
@@ -227,6 +231,10 @@ def _decode_attention(tunes: bool) -> Iterator[Case]:
                 else ""
             )
             yield Case(f"paged_attention {name}{detail}", calls, case.kv_bytes, 0, torch_calls)
+            if tiles.max_count == 1:
+                angles = _angles(max(total for _, total in lengths))
+                calls = [partial(attention.turn_and_attend, case.qkv, angles, tiles, case.pool, layer) for layer in range(layers)]
+                yield Case(f"next_token {name}{detail}", calls, case.kv_bytes)
 
 
 def _torch_decode(new: int, total: int, batch: int, layers: int) -> list[Call]:

@@ -106,6 +106,10 @@ def _attention() -> Iterator[Build]:
         chunk = {"CHUNK": max(1, min(8, 8192 // (kept * 128)))}
         name = f"paged_attention {kept} rows, {tokens} tokens, {stages} stages"
         yield Build(name, paged_attention._paged_attention_kernel, constants | chunk, 4)
+    constants = model | {"ROWS": 16, "KEPT": 4, "TOKENS": 64, "STAGES": 3}
+    for splits in (8, 32):
+        chunk = {"SPLITS": splits, "CHUNK": min(splits, 16)}
+        yield Build(f"next_token, {splits} splits", paged_attention._next_token_kernel, constants | chunk, 2)
 
 
 def _products() -> Iterator[Build]:

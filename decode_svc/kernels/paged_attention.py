@@ -1,24 +1,28 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0915, PLR0917
+# ruff: noqa: PLR0917
 """Attention of 1 to 16 new tokens a sequence over paged K and V: softmax(q k^T / sqrt(d)) v, causal, grouped query heads.
 
 A program takes all query heads of one KV head, so that K and V are read once, and one stretch of the context. Long contexts are
 split into stretches, as many as keep the chip busy; the last program to finish a sequence adds the stretches up, in the same
-launch. Lengths may differ within a batch. Source: Dao et al., Flash-Decoding, 2023. Reference: llm.ops.attention.
+launch. Lengths may differ within a batch. With one new token each, as in decode steps, the same launch also turns q and k, and
+writes K and V. Source: Dao et al., Flash-Decoding, 2023. Reference: llm.ops.attention.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from decode_svc.kernels.stretches import add_stretch, read_stretch, store_results
 from llm.batch import Batch, Integers
 from llm.gpu.tiles import Tiles
 from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+from llm.ops.gpu.rope import Angles
 
 _PROGRAMS = 528
 """Programs that fill a chip of 132 multiprocessors four times over."""
@@ -78,66 +82,92 @@ def _paged_attention_kernel(
     for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
         places = start + tl.arange(0, TOKENS)
         held = places < end
-        page = tl.load(pages_ptr + places // PAGE, mask=held, other=0).to(tl.int64)
-        base = pool_ptr + page * block_stride + (places % PAGE) * HEAD_DIM
-        if HEAD_DIM == COLUMNS:
-            key = tl.load(base[None, :] + columns[:, None], mask=held[None, :], other=0.0)
-            value = tl.load(base[:, None] + kv_stride + columns[None, :], mask=held[:, None], other=0.0)
-        else:
-            key = tl.load(base[None, :] + columns[:, None], mask=held[None, :] & real[:, None], other=0.0)
-            value = tl.load(base[:, None] + kv_stride + columns[None, :], mask=held[:, None] & real[None, :], other=0.0)
-        scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
+        key, value = read_stretch(pool_ptr, pages_ptr, places, held, block_stride, kv_stride, HEAD_DIM, COLUMNS, PAGE)
         seen = held[None, :] & (places[None, :] <= (first_position + tokens)[:, None])
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        # A stretch may lie wholly behind a row's own position: no score of it is finite, and nothing is to be added.
-        reference = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        total = total * shrink + tl.sum(weight, axis=1)
-        attended = attended * shrink[:, None] + tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
-        highest = higher
-    out = out_ptr + (first_row + tokens)[:, None] * out_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-    if active == 1:
-        tl.store(out, (attended / total[:, None]).to(out_ptr.dtype.element_ty), mask=asked[:, None] & real[None, :])
+        highest, total, attended = add_stretch(query, key, value, seen, scale, highest, total, attended)
+    store_results(
+        out_ptr, partial_ptr, weights_ptr, counters_ptr, highest, total, attended, first_row, count, active, out_stride,
+        GROUP, HEAD_DIM, COLUMNS, ROWS, KEPT, SPLITS, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turned(place, mask, columns, cos, sin, HEAD_DIM: tl.constexpr):
+    """Heads at the pointers `place`, turned, in their own type; the sines are negative in the first half of the columns."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    own = tl.load(place + columns, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(place + tl.where(columns < HALF, columns + HALF, columns - HALF), mask=mask, other=0.0).to(tl.float32)
+    return (own * cos + other * sin).to(place.dtype.element_ty)
+
+
+@triton.jit
+def _next_token_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, pool_ptr, out_ptr, partial_ptr, weights_ptr, counters_ptr,
+    tile_sequences_ptr, tile_rows_ptr, tile_counts_ptr, tile_positions_ptr, block_starts_ptr, block_ids_ptr,
+    qkv_stride, out_stride, block_stride, kv_stride, head_stride, scale, least_tokens,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """As _paged_attention_kernel for tiles of at most one token; what that finds done, the rotation and the write, is done here.
+
+    K and V of earlier tokens are older than the launch just before: the first of them are on their way while qkv is being computed.
+    For that the wait is within the loop, whose loads the compiler moves ahead of it. The last split takes the new token too.
+    """
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(tile_counts_ptr + tile)
+    position = tl.load(tile_positions_ptr + tile)
+    active = tl.maximum(1, tl.minimum(SPLITS, tl.cdiv(position, least_tokens)))
+    span = tl.maximum(1, tl.cdiv(tl.cdiv(position, active), TOKENS)) * TOKENS
+    active = tl.maximum(1, tl.cdiv(position, span))
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    heads = head * GROUP + rows % GROUP
+    real = columns < HEAD_DIM
+    asked = (rows < GROUP)[:, None] & real[None, :]
+    row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+    pages_ptr = block_ids_ptr + tl.load(block_starts_ptr + tl.load(tile_sequences_ptr + tile))
+    if (count == 0) | (split >= active):
+        wait_for_inputs(EARLY)
+        if (count == 0) & (split == 0):
+            padding = out_ptr + row * out_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+            tl.store(padding, tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty), mask=asked)
         return
-    place = ((tile * tl.num_programs(1) + head) * SPLITS).to(tl.int64)
-    mine = partial_ptr + (place + split) * KEPT * COLUMNS + rows[:, None] * COLUMNS + columns[None, :]
-    # Nothing of this stretch concerns a row whose total is 0: highest is -inf there, and so is its weight.
-    divisor = tl.where(total == 0.0, 1.0, total)
-    tl.store(mine, attended / divisor[:, None], mask=(rows < KEPT)[:, None])
-    tl.store(weights_ptr + (place + split) * KEPT + rows, highest + tl.log2(divisor), mask=rows < KEPT)
-    # Every thread's part is stored before one of them announces it.
-    tl.debug_barrier()
-    counter = counters_ptr + tile * tl.num_programs(1) + head
-    if tl.atomic_add(counter, 1, sem="acq_rel") != active - 1:
-        return
-    tl.store(counter, 0)
-    splits, kept = tl.arange(0, SPLITS), tl.arange(0, KEPT)
-    weights = tl.load(
-        weights_ptr + (place + splits)[:, None] * KEPT + kept[None, :],
-        mask=(splits < active)[:, None],
-        other=-float("inf"),
-        cache_modifier=".cg",
-    )
-    highest_kept = tl.max(weights, axis=0)
-    total_kept = tl.sum(tl.exp2(weights - highest_kept[None, :]), axis=0)
-    summed = tl.zeros((KEPT, COLUMNS), dtype=tl.float32)
-    for start in range(0, active, CHUNK):
-        chunk = start + tl.arange(0, CHUNK)
-        weight = tl.load(
-            weights_ptr + (place + chunk)[:, None] * KEPT + kept[None, :],
-            mask=(chunk < active)[:, None],
-            other=-float("inf"),
-            cache_modifier=".cg",
-        )
-        share = tl.exp2(weight - highest_kept[None, :]) / total_kept[None, :]
-        cells = (place + chunk)[:, None, None] * (KEPT * COLUMNS) + kept[None, :, None] * COLUMNS + columns[None, None, :]
-        part = tl.load(partial_ptr + cells, mask=(chunk < active)[:, None, None], other=0.0, cache_modifier=".cg")
-        summed += tl.sum(part * share[:, :, None], axis=0)
-    kept_tokens, kept_heads = kept // GROUP, head * GROUP + kept % GROUP
-    out = out_ptr + (first_row + kept_tokens)[:, None] * out_stride + kept_heads[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(out, summed.to(out_ptr.dtype.element_ty), mask=(kept_tokens < count)[:, None] & real[None, :])
+    angle = position.to(tl.int64) * (HEAD_DIM // 2) + columns % (HEAD_DIM // 2)
+    cos = tl.load(cos_ptr + angle, mask=real, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=real, other=0.0)
+    sin = tl.where(columns < HEAD_DIM // 2, -sin, sin)
+    own_page = tl.load(pages_ptr + position // PAGE).to(tl.int64)
+    pool_ptr += head * head_stride
+    query = tl.zeros((ROWS, COLUMNS), dtype=qkv_ptr.dtype.element_ty)
+    highest = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    attended = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    begin = split * span
+    end = tl.minimum(begin + span, position)
+    for start in tl.range(begin, tl.maximum(end, begin + 1), TOKENS, num_stages=STAGES):
+        places = start + tl.arange(0, TOKENS)
+        held = places < end
+        key, value = read_stretch(pool_ptr, pages_ptr, places, held, block_stride, kv_stride, HEAD_DIM, COLUMNS, PAGE)
+        if start == begin:
+            wait_for_inputs(EARLY)
+            line = qkv_ptr + row * qkv_stride
+            query = _turned(line + heads[:, None] * HEAD_DIM, asked, columns[None, :], cos[None, :], sin[None, :], HEAD_DIM)
+            if split == active - 1:
+                place = line + (tl.num_programs(1) * GROUP + head) * HEAD_DIM
+                own_key = _turned(place, real, columns, cos, sin, HEAD_DIM).to(pool_ptr.dtype.element_ty)
+                own_value = tl.load(place + tl.num_programs(1) * HEAD_DIM + columns, mask=real, other=0.0)
+                own_value = own_value.to(pool_ptr.dtype.element_ty)
+                target = pool_ptr + own_page * block_stride + (position % PAGE) * HEAD_DIM + columns
+                tl.store(target, own_key, mask=real)
+                tl.store(target + kv_stride, own_value, mask=real)
+                highest = tl.sum(query.to(tl.float32) * own_key.to(tl.float32)[None, :], axis=1) * scale
+                total = tl.full((ROWS,), 1.0, dtype=tl.float32)
+                attended = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) + own_value.to(tl.float32)[None, :]
+        highest, total, attended = add_stretch(query, key, value, held[None, :], scale, highest, total, attended)
+    store_results(
+        out_ptr, partial_ptr, weights_ptr, counters_ptr, highest, total, attended, row, count, active, out_stride,
+        GROUP, HEAD_DIM, COLUMNS, ROWS, KEPT, SPLITS, CHUNK,
+    )  # fmt: skip
 
 
 class PagedAttention:
@@ -162,7 +192,20 @@ class PagedAttention:
 
         On a GPU the tiles may not have been written by the launch just before, since they are read while that ends.
         """
-        num_kv_heads, page, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+        return self._launch(_paged_attention_kernel, (qkv,), tiles, pool, layer)
+
+    def turn_and_attend(self, qkv: torch.Tensor, angles: Angles, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """qkv [n, (h + 2 kv) d] as the projection left it, which is not changed -> [n, h d].
+
+        Tiles of at most one token, whose K and V are written; angles by position. On a GPU the pool's K and V of earlier tokens may
+        not have been written by the launch just before, either.
+        """
+        assert tiles.max_count <= 1, "more tokens need K and V of each other"
+        return self._launch(_next_token_kernel, (qkv, angles.cos, angles.sin), tiles, pool, layer)
+
+    def _launch(self, kernel: Any, inputs: tuple[torch.Tensor, ...], tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """`inputs` are the kernel's first arguments, qkv before all."""
+        qkv, (num_kv_heads, page, head_dim) = inputs[0], pool.shape[3:]
         group = qkv.shape[1] // head_dim // num_kv_heads - 2
         out = torch.empty(qkv.shape[0], group * num_kv_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
         splits, least_tokens = choose_splits(tiles.num_tiles * num_kv_heads)
@@ -171,8 +214,8 @@ class PagedAttention:
         columns = triton.next_power_of_2(head_dim)
         self._reserve(tiles.num_tiles * num_kv_heads, splits * kept, columns, qkv.device)
         view, stretch = pool[:, layer], self._stretch
-        _paged_attention_kernel[(tiles.num_tiles, num_kv_heads, splits)](
-            qkv, view, out, self._partial, self._weights, self._counters,
+        kernel[(tiles.num_tiles, num_kv_heads, splits)](
+            *inputs, view, out, self._partial, self._weights, self._counters,
             tiles.sequences, tiles.rows, tiles.counts, tiles.positions, tiles.block_starts, tiles.block_ids,
             qkv.stride(0), out.stride(0), view.stride(0), view.stride(1), view.stride(2),
             math.log2(math.e) / math.sqrt(head_dim), least_tokens,

@@ -1,5 +1,5 @@
 # ruff: noqa: PLR0917
-"""The forward pass for a few rows, in six launches a layer (eight for more than one row).
+"""The forward pass for a few rows: in decode steps five launches a layer (seven for more than one row), else one more.
 
 With few rows a step's time is that of reading the weights once, and what costs is every launch between two of those reads. So
 SiLU is folded into the products, and for a single row norms and residuals are too; angles are looked up in a table that was made at
@@ -89,8 +89,7 @@ class FewRowsModel:
     ) -> torch.Tensor:
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self._config.rms_norm_eps, self._config.num_kv_heads)
-        self._operations.turn(qkv, angles, batch, pool, index)
-        return self._operations.attention(qkv, batch, pool, index)
+        return self._operations.turn_and_attend(qkv, angles, batch, pool, index)
 
 
 def _normed(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from llm.batch import Batch, Integers
 from llm.gpu.tiles import Tiles
+
+if TYPE_CHECKING:
+    from llm.ops.gpu.rope import Angles
 
 
 class Attention(Protocol):
@@ -23,6 +26,15 @@ class Attention(Protocol):
 
     def __call__(self, qkv: torch.Tensor, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
         """qkv [n, (h + 2 kv) d], q already turned, K and V of the new tokens already in the pool -> [n, h d]."""
+        ...
+
+
+@runtime_checkable
+class TurningAttention(Attention, Protocol):
+    """One that has a launch for the whole of what a new token needs, if there is but one a sequence."""
+
+    def turn_and_attend(self, qkv: torch.Tensor, angles: Angles, tiles: Tiles, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """qkv [n, (h + 2 kv) d] as the projection left it; turns q and k by angles of positions, writes K and V -> [n, h d]."""
         ...
 
 

@@ -6,6 +6,7 @@ import torch
 from llm.ops import rms_norm as norm_reference
 from llm.ops import silu_mul as silu_reference
 from llm.ops.attention import paged_attention as attention_reference
+from llm.ops.rope import make_rotation
 from tests.fakes.paged_batches import Heads, make_paged, relative_error
 
 skinny = pytest.importorskip("llm.ops.gpu.skinny_linear")
@@ -13,6 +14,7 @@ chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
 paged = pytest.importorskip("decode_svc.kernels.paged_attention")
 norms = pytest.importorskip("llm.ops.gpu.rms_norm")
 silu = pytest.importorskip("llm.ops.gpu.silu_mul")
+rope = pytest.importorskip("llm.ops.gpu.rope")
 
 pytestmark = pytest.mark.gpu
 
@@ -44,13 +46,46 @@ def test_decode_attention(device, heads, new):
         assert attended(attention, lengths, heads, device) < TOLERANCE
 
 
-def test_decode_attention_repeats_itself_exactly(device):
+def table_of(frequencies, positions):
+    rotation = make_rotation(frequencies, positions)
+    return rope.Angles(rotation.cos, rotation.sin)
+
+
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_the_next_token_is_turned_written_and_attended_at_once(device, heads):
+    """Rotated and written as the launch of its own does it; the attention against the reference."""
+    attention, frequencies = paged.PagedAttention(), torch.rand(heads.dim // 2, device=device)
+    for lengths in ([4096], [1, 2, 16, 17, 64, 65, 1025], [16 + 131 * index % 2500 for index in range(40)], [700] * 64):
+        case = make_paged([(1, total) for total in lengths], heads, 16, device, torch.bfloat16)
+        positions, blocks, offsets = (
+            torch.from_numpy(array).to(device) for array in (case.batch.positions, case.batch.row_blocks, case.batch.row_offsets)
+        )
+        case.pool[blocks.long(), :, :, :, offsets.long()] = torch.nan
+        qkv, pool = case.qkv.clone(), case.pool.clone()
+        rope.rotate_and_write(qkv, table_of(frequencies, positions), rope.KvPlaces(blocks, offsets), pool, 1)
+        expected = attention_reference(qkv.float(), case.batch, pool.float(), 1)
+        table = table_of(frequencies, torch.arange(max(lengths), device=device))
+        out = attention.turn_and_attend(case.qkv, table, case.tiles, case.pool, 1)
+        assert relative_error(out, expected) < TOLERANCE
+        assert torch.equal(case.pool.isnan(), pool.isnan())
+        assert relative_error(case.pool.nan_to_num(), pool.nan_to_num()) < 1e-3
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_decode_attention_repeats_itself_exactly(device, at_once):
     """Whichever program ends last, the parts are added in one order; a difference would be a race."""
     attention = paged.PagedAttention()
     case = make_paged([(1, 5000), (1, 17), (1, 900)], Heads(32, 8, 128), 16, device, torch.bfloat16)
-    first = attention(case.qkv, case.tiles, case.pool, 0)
+    table = table_of(torch.rand(64, device=device), torch.arange(5000, device=device))
+
+    def attended_again():
+        if at_once:
+            return attention.turn_and_attend(case.qkv, table, case.tiles, case.pool, 0)
+        return attention(case.qkv, case.tiles, case.pool, 0)
+
+    first = attended_again()
     for _ in range(200):
-        assert torch.equal(attention(case.qkv, case.tiles, case.pool, 0), first)
+        assert torch.equal(attended_again(), first)
 
 
 SKINNY = [(1, "norm"), (1, "residual"), (1, "norm and silu_mul")] + [

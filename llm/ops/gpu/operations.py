@@ -8,7 +8,7 @@ import torch
 
 from llm.batch import Batch
 from llm.gpu.device_batch import DeviceBatch
-from llm.gpu.settings import Attention
+from llm.gpu.settings import Attention, TurningAttention
 from llm.ops.gpu.embed import embed
 from llm.ops.gpu.rms_norm import add_rms_norm, head_norm, rms_norm
 from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
@@ -47,6 +47,7 @@ class GpuOperations:
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
+        self._turning = attention if isinstance(attention, TurningAttention) else None
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, lasting: bool = False) -> Linear:
         """Results that last are logits, and float32."""
@@ -57,10 +58,18 @@ class GpuOperations:
         return embed(table, given["token_ids"], given["sources"], given["drawn"])
 
     def rotate_and_write(self, qkv: torch.Tensor, rotation: Rotation, batch: Batch, pool: torch.Tensor, layer: int) -> None:
-        self.turn(qkv, Angles(rotation.cos, rotation.sin), cast(DeviceBatch, batch), pool, layer)
+        self._rotate_and_write(qkv, Angles(rotation.cos, rotation.sin), cast(DeviceBatch, batch), pool, layer)
 
-    def turn(self, qkv: torch.Tensor, angles: Angles, batch: DeviceBatch, pool: torch.Tensor, layer: int) -> None:
-        """As rotate_and_write, with angles that may be looked up in a table."""
+    def turn_and_attend(
+        self, qkv: torch.Tensor, angles: Angles, batch: DeviceBatch, pool: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        """rotate_and_write, with angles looked up by position, and attention: in one launch, if there is one and it applies."""
+        if self._turning is not None and batch.tiles.max_count == 1:
+            return self._turning.turn_and_attend(qkv, angles, batch.tiles, pool, layer)
+        self._rotate_and_write(qkv, angles, batch, pool, layer)
+        return self.attention(qkv, batch, pool, layer)
+
+    def _rotate_and_write(self, qkv: torch.Tensor, angles: Angles, batch: DeviceBatch, pool: torch.Tensor, layer: int) -> None:
         given = batch.on_device
         rotate_and_write(qkv, angles, KvPlaces(given["row_blocks"], given["row_offsets"]), pool, layer)
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from llm.ops.attention import paged_attention as reference
+from llm.ops.rope import make_rotation, rotate_and_write
 from tests.fakes.paged_batches import Heads, Paged, make_paged, make_tiles, relative_error
 
 chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
 library = pytest.importorskip("prefill_svc.kernels.library_attention")
 paged_attention = pytest.importorskip("decode_svc.kernels.paged_attention")
+rope = pytest.importorskip("llm.ops.gpu.rope")
 
 SHAPES = [Heads(4, 2, 16, 4), Heads(6, 2, 64), Heads(4, 1, 80), Heads(2, 2, 96, 8), Heads(7, 1, 128)]
 PACKED = [(5, 5), (1, 20), (33, 40)]
@@ -95,6 +97,49 @@ def test_decode_attention_of_several_new_tokens(device, new):
     expected = reference(paged.qkv, paged.batch, paged.pool, 0)
     for _ in range(2 if new == 1 else 1):
         assert relative_error(attention(paged.qkv, paged.tiles, paged.pool, 0), expected) < 1e-5
+
+
+def make_turned(lengths, heads, device, dtype=torch.float32):
+    """One new token a sequence, of which the pool knows nothing yet; angles by position; what comes out, and the pool after it."""
+    paged = make_paged([(1, total) for total in lengths], heads, 16, device, dtype)
+    blocks, offsets = (torch.from_numpy(array).long().to(device) for array in (paged.batch.row_blocks, paged.batch.row_offsets))
+    paged.pool[blocks, :, :, :, offsets] = torch.nan
+    frequencies = torch.rand(heads.dim // 2, device=device)
+    table = make_rotation(frequencies, torch.arange(max(lengths), device=device))
+    qkv, pool = paged.qkv.to(torch.float32, copy=True), paged.pool.to(torch.float32, copy=True)
+    rotate_and_write(qkv, make_rotation(frequencies, torch.from_numpy(paged.batch.positions).to(device)), paged.batch, pool, 1)
+    return paged, rope.Angles(table.cos, table.sin), reference(qkv, paged.batch, pool, 1), pool
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths"), [(heads, [2, 70]) for heads in SHAPES] + [(Heads(2, 1, 16), [1, 16, 17, 33, 130])], ids=str
+)
+def test_the_next_token_is_turned_written_and_attended_at_once(device, heads, lengths):
+    """Long contexts are split; own tokens begin and end pages, and the stretches and splits of earlier ones."""
+    attention = paged_attention.PagedAttention(paged_attention.Stretch(16, least_tokens=32))
+    paged, angles, expected, pool = make_turned(lengths, heads, device)
+    given = paged.qkv.clone()
+    out = attention.turn_and_attend(paged.qkv, angles, paged.tiles, paged.pool, 1)
+    assert relative_error(out, expected) < 1e-5
+    assert torch.equal(paged.qkv, given)
+    assert torch.equal(paged.pool.isnan(), pool.isnan())
+    assert relative_error(paged.pool.nan_to_num(), pool.nan_to_num()) < 1e-6
+    assert torch.equal(attention.turn_and_attend(paged.qkv, angles, paged.tiles, paged.pool, 1), out)
+
+
+def test_the_next_token_as_steps_take_it(device):
+    """With the stretch in use, in half precision."""
+    paged, angles, expected, pool = make_turned([1, 65, 90], Heads(4, 2, 64), device, torch.float16)
+    out = paged_attention.PagedAttention().turn_and_attend(paged.qkv, angles, paged.tiles, paged.pool, 1)
+    assert relative_error(out, expected) < 2e-3
+    assert relative_error(paged.pool.nan_to_num(), pool.nan_to_num()) < 1e-3
+
+
+def test_several_new_tokens_are_not_taken_at_once(device):
+    paged = make_paged([(2, 5)], Heads(4, 2, 16), 16, device)
+    angles = rope.Angles(torch.ones(5, 8, device=device), torch.zeros(5, 8, device=device))
+    with pytest.raises(AssertionError, match="more tokens"):
+        paged_attention.PagedAttention().turn_and_attend(paged.qkv, angles, paged.tiles, paged.pool, 1)
 
 
 def test_half_precision(device):

@@ -21,6 +21,7 @@ from tests.fakes.paged_batches import relative_error
 
 runners = pytest.importorskip("llm.gpu.runner")
 draw_graphs = pytest.importorskip("llm.gpu.draw_graphs")
+operations = pytest.importorskip("llm.ops.gpu.operations")
 draws = pytest.importorskip("llm.ops.gpu.draw")
 chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
 paged = pytest.importorskip("decode_svc.kernels.paged_attention")
@@ -119,6 +120,16 @@ def test_any_number_of_rows_gives_the_reference_logits(config, tensors, referenc
     runner = make_runner(config, tensors, device, paged.PagedAttention())
     slices = [SequenceSlice(list(range(tokens)), 0, [5, 2, 0, 7, 1])]
     assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
+
+
+@pytest.mark.parametrize("config", ["llama", "with Qwen's biases and head norms"], indirect=True)
+def test_decode_steps_turn_write_and_attend_in_one_launch(config, tensors, reference, device, monkeypatch):
+    runner = make_runner(config, tensors, device, paged.PagedAttention())
+    for each in (runner, reference):
+        each.forward(PROMPTS)
+    monkeypatch.setattr(operations, "rotate_and_write", lambda *_: pytest.fail("a launch of its own"))
+    for slices in ([SequenceSlice([40], 16, [5, 2]), SequenceSlice([30], 3, [0])], [SequenceSlice([41], 17, [5, 2])]):
+        assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)

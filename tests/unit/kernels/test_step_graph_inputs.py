@@ -79,7 +79,8 @@ def test_a_step_with_more_blocks_than_there_is_memory_for_is_not_replayed(blocks
     assert inputs.fits(decode_arrays(slices, None, 16)) == fits
 
 
-def test_a_padded_batch_attends_and_writes_like_its_rows(device):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_padded_batch_attends_and_writes_like_its_rows(device, at_once):
     pool = torch.randn(9, 1, 2, 2, 16, 16, device=device)
     inputs = GraphInputs(decode_size(8), 32, torch.zeros(8, dtype=torch.int32, device=device))
     staged = inputs.stage()
@@ -94,13 +95,16 @@ def test_a_padded_batch_attends_and_writes_like_its_rows(device):
         expected_pool = pool.clone()
         angles = rope.Angles(torch.ones(64, 8, device=device), torch.zeros(64, 8, device=device), padded.on_device["positions"])
         places = rope.KvPlaces(padded.on_device["row_blocks"], padded.on_device["row_offsets"])
-        rope.rotate_and_write(qkv, angles, places, pool, 0)
+        if at_once:
+            out = paged.PagedAttention().turn_and_attend(qkv, angles, padded.tiles, pool, 0)
+        else:
+            rope.rotate_and_write(qkv, angles, places, pool, 0)
+            out = paged.PagedAttention()(qkv, padded.tiles, pool, 0)
         for row, start in enumerate(starts):
             block, offset = 3 * row + start // 16, start % 16
             expected_pool[block, 0, 0, :, offset] = qkv[row, 4 * 16 : 6 * 16].view(2, 16)
             expected_pool[block, 0, 1, :, offset] = qkv[row, 6 * 16 :].view(2, 16)
         assert torch.equal(pool, expected_pool)
-        out = paged.PagedAttention()(qkv, padded.tiles, pool, 0)
         assert not out[len(starts) :].any()
         assert relative_error(out[: len(starts)], reference(qkv[: len(starts)], batch, pool, 0)) < 1e-5
 
