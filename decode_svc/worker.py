@@ -24,7 +24,7 @@ from tandem.compute import num_threads
 from tandem.cores import num_usable_cores
 from tandem.engine_thread import Courier, run_and_end_thread
 from tandem.logs import LoadLog
-from tandem.models import ModelError, ModelFiles, resolve_model, writable_cache_directory
+from tandem.models import ModelError, ModelFiles, loading_failure, resolve_model, writable_cache_directory
 from tandem.pauses import avoid_pauses
 from tandem.progress import ProgressWatch, Work
 from tandem.server import Server, StartError
@@ -66,8 +66,8 @@ def load(settings: DecodeSettings) -> tuple[ModelFiles, LoadedModel]:
         return files, load_model(files, runner_settings, settings.kv, LoadLog(logger))
     except (ModelError, DeviceError, DeviceMemoryError, UnsupportedModelError, WeightsError) as error:
         raise StartError(str(error)) from error
-    except OSError as error:  # a full disk, mostly
-        raise StartError(f"the model cannot be loaded: {error}") from error
+    except OSError as error:
+        raise StartError(loading_failure(error)) from error
 
 
 class DecodeWorker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import logging
 import os
@@ -74,6 +75,15 @@ def writable_cache_directory() -> Path:
         message = f"Cannot write to the cache directory {directory}: {error}. Set TANDEM_CACHE_DIR to a writable directory."
         raise ModelError(message) from error
     return directory
+
+
+def loading_failure(error: OSError) -> str:
+    """What a person is told when a model's files cannot be read, or what is made of them cannot be kept."""
+    message = f"the model cannot be loaded: {error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return message
+    kept = f"Converted weights and compiled code are kept in {cache_directory()}"
+    return f"{message}. {kept}: make room there, or name another folder in TANDEM_CACHE_DIR."
 
 
 def resolve_model(name: str, *, download: bool = True, progress: Progress | None = None) -> ModelFiles:
