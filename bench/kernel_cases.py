@@ -20,7 +20,8 @@ from llm.ops.gpu.draw import DrawParameters, draw
 from llm.ops.gpu.rms_norm import add_rms_norm
 from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
 from llm.ops.gpu.silu_mul import silu_mul
-from llm.ops.gpu.skinny_linear import Around, Tile, linear_parts, skinny_linear
+from llm.ops.gpu.skinny_linear import Tile, linear_parts, skinny_linear
+from llm.ops.gpu.whole_rows import Around
 from prefill_svc.kernels.chunk_attention import ChunkAttention, Shape
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 14336, 128_256, 32, 8, 128, 16

@@ -23,7 +23,19 @@ from triton.compiler import ASTSource
 
 from bench.options import new_parser
 from decode_svc.kernels import paged_attention
-from llm.ops.gpu import argmax, block_copy, checksum, draw, embed, rms_norm, rope, silu_mul, skinny_linear, weight_threshold
+from llm.ops.gpu import (
+    argmax,
+    block_copy,
+    checksum,
+    draw,
+    embed,
+    rms_norm,
+    rope,
+    silu_mul,
+    skinny_linear,
+    weight_threshold,
+    whole_rows,
+)
 from prefill_svc.kernels import chunk_attention
 
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -64,6 +76,7 @@ def builds() -> Iterator[Build]:
     """The shapes in use on Llama-3.1-8B, and candidates beside them."""
     yield from _attention()
     yield from _products()
+    yield from _whole_rows()
     types = {"weight_ptr": "*fp32", "delta_ptr": "*fp32"}
     yield Build("add_rms_norm, two parts", rms_norm._rms_norm_kernel, {"ADDS": 2, "BLOCK": 4096}, 8, types)
     yield Build("head_norm", rms_norm._head_norm_kernel, {"HEAD_DIM": 128, "BLOCK": 128}, 1)
@@ -114,7 +127,7 @@ def _attention() -> Iterator[Build]:
 
 def _products() -> Iterator[Build]:
     """As in llm.gpu.few_rows."""
-    one = {"norm": (4096, 6144), "residual": (14336, 4096), "norm, silu": (4096, 14336), "norm, float32": (4096, 128_256)}
+    one = {"norm, silu": (4096, 14336), "norm, float32": (4096, 128_256)}
     several = {"plain": (4096, 6144), "parts": (14336, 4096), "silu": (4096, 14336), "float32": (4096, 128_256)}
     for rows, kernel, kinds in (
         (1, skinny_linear._vector_kernel, one),
@@ -127,6 +140,20 @@ def _products() -> Iterator[Build]:
             sizes = {"ROWS": max(16, rows), "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.num_stages}
             types = {"out_ptr": "*fp32"} if name == "parts" or "float32" in name else {}
             yield Build(f"skinny {rows} rows, {name}", kernel, flags | sizes, tile.num_warps, types)
+
+
+def _whole_rows() -> Iterator[Build]:
+    for name, (width, height) in {
+        "qkv, norm": (4096, 6144),
+        "output, residual": (4096, 4096),
+        "down, residual": (14336, 4096),
+    }.items():
+        whole = whole_rows.choose_whole_rows(width, height, 2)
+        assert whole is not None, "in use"
+        padded = triton.next_power_of_2(width)
+        flags = {"NORMS": "norm" in name, "ADDS": "residual" in name, "BIAS": False, "FULL": padded == width}
+        sizes = {"OUTPUTS": whole.outputs, "WIDTH": padded, "STAGES": whole.num_stages}
+        yield Build(f"whole rows, {name}", whole_rows._whole_rows_kernel, flags | sizes, whole.num_warps)
 
 
 def examine(build: Build) -> Resources:

@@ -19,7 +19,8 @@ from llm.gpu.device_batch import DeviceBatch
 from llm.ops.gpu.operations import GpuOperations
 from llm.ops.gpu.rms_norm import add_rms_norm, head_norm, rms_norm
 from llm.ops.gpu.rope import Angles
-from llm.ops.gpu.skinny_linear import Around, linear_parts, skinny_linear
+from llm.ops.gpu.skinny_linear import linear_parts, skinny_linear
+from llm.ops.gpu.whole_rows import Around
 from llm.ops.rope import Rotation, make_rotation
 from llm.weights_plan import ROPE
 

@@ -117,7 +117,7 @@ def test_parts_of_a_product(device, rows, width, height, splits):
     assert relative_error(parts.sum(dim=0), skinny.skinny_linear_reference(x, weight, skinny.Around())) < TOLERANCE
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows", [1, 16, 64])
 def test_products_in_float32(device, rows):
     """Fit the shared memory too."""
     x, weight = torch.randn(rows, 4096, device=device), torch.randn(6144, 4096, device=device) / 64

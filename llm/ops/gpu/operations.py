@@ -13,7 +13,8 @@ from llm.ops.gpu.embed import embed
 from llm.ops.gpu.rms_norm import add_rms_norm, head_norm, rms_norm
 from llm.ops.gpu.rope import Angles, KvPlaces, rotate_and_write
 from llm.ops.gpu.silu_mul import silu_mul
-from llm.ops.gpu.skinny_linear import Around, skinny_linear
+from llm.ops.gpu.skinny_linear import skinny_linear
+from llm.ops.gpu.whole_rows import Around
 from llm.ops.linear import Linear
 from llm.ops.rope import Rotation
 

@@ -3,10 +3,11 @@
 """y = x W^T for few rows of x, with what stands before and after it in a decoder layer folded in.
 
 With few rows the time is that of reading W once. For a single row RMSNorm of x is a factor of the sums (they run over x * norm
-weight, and x^2 is summed beside them), and the result is added to the residual. For several rows W takes the wide side of the
-matrix unit, y^T = W x^T, and each program reads all of x that belongs to its inputs: with 64 outputs a program that costs a quarter
-of what W does for 16 rows; with 16 outputs, as much. Where tiles so wide leave multiprocessors idle, several programs share the
-inputs of an output (`linear_parts`), and the norm behind, which reads the result anyway, adds up their sums.
+weight, and x^2 is summed beside them), and the result is added to the residual; some products take whole rows of W then
+(llm.ops.gpu.whole_rows). For several rows W takes the wide side of the matrix unit, y^T = W x^T, and each program reads all of x
+that belongs to its inputs: with 64 outputs a program that costs a quarter of what W does for 16 rows; with 16 outputs, as much.
+Where tiles so wide leave multiprocessors idle, several programs share the inputs of an output (`linear_parts`), and the norm
+behind, which reads the result anyway, adds up their sums.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import triton
 import triton.language as tl
 
 from llm.ops.gpu.dependent_launch import dependent_launch, wait_for_inputs
+from llm.ops.gpu.whole_rows import HEAD_OUTPUTS, MULTIPROCESSORS, Around, choose_whole_rows, take_whole_rows
 
 MAX_ROWS = 64
 """More rows than this belong to the library's matrix product."""
-_MULTIPROCESSORS = 132
-"""Of an H100 and an H200."""
 _MOST_SPLITS = 4
 """Each part is written and read once more, in float32."""
 
@@ -35,22 +35,6 @@ class Tile:
     inputs: int
     num_warps: int = 4
     num_stages: int = 4
-
-
-@dataclass(frozen=True)
-class Around:
-    """What is computed with it. At most one of `residual` and `silu_mul`."""
-
-    norm: torch.Tensor | None = None
-    """[d] weight of an RMSNorm that x, a single row, passes first."""
-    eps: float = 1e-5
-    bias: torch.Tensor | None = None
-    """[outputs]"""
-    residual: torch.Tensor | None = None
-    """[1, outputs], the result is added to it in place: a single row's."""
-    silu_mul: bool = False
-    float32: bool = False
-    """Results in float32 whatever x's type is (logits)."""
 
 
 @triton.jit
@@ -169,7 +153,7 @@ def choose_tile(rows: int, width: int, height: int, *, silu_mul: bool = False) -
     Several: the most loads in flight that gain something; with SiLU twice as much is in flight, and a fifth would not fit.
     """
     if rows == 1:
-        if height > 65_536:
+        if height > HEAD_OUTPUTS:
             return Tile(16, 256, num_warps=4, num_stages=3)
         return Tile(2, 2048, num_warps=4, num_stages=2) if width > 8192 else Tile(4, 1024, num_warps=4, num_stages=2)
     return Tile(64, 128, num_warps=4, num_stages=4 if silu_mul or max(width, height) > 8192 else 5)
@@ -178,7 +162,7 @@ def choose_tile(rows: int, width: int, height: int, *, silu_mul: bool = False) -
 def choose_splits(height: int, tile: Tile) -> int:
     """Programs that share the inputs of an output, a power of two: as many as still run at the same time."""
     programs = -(-height // tile.outputs)
-    return min(_MOST_SPLITS, 1 << max(0, (_MULTIPROCESSORS // programs).bit_length() - 1))
+    return min(_MOST_SPLITS, 1 << max(0, (MULTIPROCESSORS // programs).bit_length() - 1))
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None = None, tile: Tile | None = None) -> torch.Tensor:
@@ -192,7 +176,11 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, around: Around | None =
     out = around.residual
     if out is None:
         out = torch.empty(rows, height, dtype=torch.float32 if around.float32 else x.dtype, device=x.device)
-    _launch(x, weight, around, tile or choose_tile(rows, width, height, silu_mul=around.silu_mul), out)
+    whole = choose_whole_rows(width, height, x.element_size()) if rows == 1 and tile is None and not around.silu_mul else None
+    if whole is None:
+        _launch(x, weight, around, tile or choose_tile(rows, width, height, silu_mul=around.silu_mul), out)
+    else:
+        take_whole_rows(x, weight, around, whole, out)
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 from tests.fakes.paged_batches import relative_error
 
 skinny = pytest.importorskip("llm.ops.gpu.skinny_linear")
+whole_rows = pytest.importorskip("llm.ops.gpu.whole_rows")
 Around, Tile = skinny.Around, skinny.Tile
 
 FOLDED = ["plain", "norm", "bias", "residual", "silu_mul", "norm and silu_mul"]
@@ -31,6 +32,36 @@ def test_is_the_reference(device, folded, rows, width, height):
     assert out.shape == expected.shape
     assert relative_error(out, expected) < 1e-5
     assert (out is around.residual) == (folded == "residual")
+
+
+@pytest.mark.parametrize("folded", ["plain", "norm", "bias", "residual"])
+@pytest.mark.parametrize(("width", "height"), [(200, 23), (64, 8)])
+def test_whole_rows_are_the_reference(device, monkeypatch, folded, width, height):
+    """Three programs take more than one round each, the last of which is not full."""
+    monkeypatch.setattr(whole_rows, "MULTIPROCESSORS", 3)
+    x, weight = torch.randn(1, width, device=device), torch.randn(height, width, device=device)
+    around = make_around(folded, width, height, 1, device)
+    expected = skinny.skinny_linear_reference(x, weight, around)
+    out = torch.full((1, height), torch.nan, device=device) if around.residual is None else around.residual
+    whole_rows.take_whole_rows(x, weight, around, whole_rows.WholeRows(2, 4, 3, 1), out)
+    assert relative_error(out, expected) < 1e-5
+
+
+def test_whole_rows_are_taken_where_they_fit():
+    chosen = {use: whole_rows.choose_whole_rows(*shape, 2) for use, shape in LLAMA_8B.items()}
+    assert chosen["qkv"] == chosen["output"] == whole_rows.WholeRows(2, 8, 4, 4)
+    assert chosen["down"] == whole_rows.WholeRows(2, 16, 3, 1)
+    assert chosen["head"] is None
+    assert whole_rows.choose_whole_rows(576, 960, 2) is None, "too little in flight"
+    assert whole_rows.choose_whole_rows(14_336, 4096, 4) is None, "more than the shared memory"
+
+
+@pytest.mark.parametrize(("width", "height"), [(2048, 5), (4096, 3)])
+def test_one_row_of_a_wide_product(device, width, height):
+    """Both choices of whole rows, in float32."""
+    x, weight = torch.randn(1, width, device=device), torch.randn(height, width, device=device)
+    assert whole_rows.choose_whole_rows(width, height, 4) is not None
+    assert relative_error(skinny.skinny_linear(x, weight), x.double() @ weight.double().T) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
