@@ -33,7 +33,7 @@ def overflow_is_silent_as_on_a_gpu():
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
