@@ -92,6 +92,9 @@ class FakeStep:
     def __init__(self, device: FakeDevice, ends_at: float, count: int) -> None:
         self._device, self._ends_at, self._count = device, ends_at, count
 
+    def wait_filled(self) -> None:
+        time.sleep(max(0.0, self._ends_at - time.perf_counter()))
+
     def token_ids(self) -> list[int]:
         time.sleep(max(0.0, self._ends_at - time.perf_counter()))
         self._device.land()

@@ -59,6 +59,9 @@ class _PacedStep:
     def __init__(self, ends_at: float, num_rows: int) -> None:
         self._ends_at, self._num_rows = ends_at, num_rows
 
+    def wait_filled(self) -> None:
+        time.sleep(max(0.0, self._ends_at - time.perf_counter()))
+
     def token_ids(self) -> list[int]:
         time.sleep(max(0.0, self._ends_at - time.perf_counter()))
         return [TOKEN_ID] * self._num_rows

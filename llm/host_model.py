@@ -45,9 +45,9 @@ class SteppedModel(Model):
         super().__init__(config, tensors, operations)
         self._host = operations
 
-    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, pool: torch.Tensor, filled: Callable[[], None] = lambda: None) -> torch.Tensor:
         with self._host.step(batch):
-            return super().forward(batch, pool)
+            return super().forward(batch, pool, filled)
 
 
 def make_host_model(

@@ -43,8 +43,11 @@ class Model:
         self._layers = [_make_layer(tensors, f"layers.{index}.", operations) for index in range(config.num_layers)]
         self._head = operations.linear(tensors["embedding" if config.tie_embeddings else "head"], lasting=True)
 
-    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows."""
+    def forward(self, batch: Batch, pool: torch.Tensor, filled: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """Writes K and V of the batch's tokens into the pool; logits [m, vocab] float32 of its logits_rows.
+
+        `filled` is called once nothing of what is left to do writes to the pool.
+        """
         operations, eps = self._operations, self.config.rms_norm_eps
         rotation = make_rotation(self._frequencies, batch.tensors["positions"].to(self._frequencies.device))
         x = operations.embed(self._embedding, batch)
@@ -56,11 +59,14 @@ class Model:
             if layer.query_norm is not None and layer.key_norm is not None:
                 operations.head_norm(qkv, layer.query_norm, layer.key_norm, eps, self.config.num_kv_heads)
             operations.rotate_and_write(qkv, rotation, batch, pool, index)
-            if index == len(self._layers) - 1 and not len(batch.logits_rows):
+            last = index == len(self._layers) - 1
+            if last:
+                filled()
+            if last and not len(batch.logits_rows):
                 self.layer_done()
                 return torch.empty(0, self.config.vocab_size)
             attended = operations.attention(qkv, batch, pool, index)
-            if index == len(self._layers) - 1:
+            if last:
                 x, attended = _wanted_rows(x, batch), _wanted_rows(attended, batch)
             normed = operations.add_rms_norm(x, layer.output(attended), layer.ffn_norm, eps)
             delta = layer.down(operations.silu_mul(layer.gate_up(normed)))

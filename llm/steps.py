@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 class StepResult(Protocol):
     """A launched step."""
 
+    def wait_filled(self) -> None:
+        """Returns once K and V of all its tokens are in the pool, which may be before its tokens are drawn."""
+        ...
+
     def wait(self) -> list[SampledToken]:
         """A token for each row, once the step is complete on the device, K and V of all its tokens included."""
         ...
@@ -39,6 +43,9 @@ class Complete:
 
     def __init__(self, tokens: list[SampledToken]) -> None:
         self._tokens = tokens
+
+    def wait_filled(self) -> None:
+        pass
 
     def wait(self) -> list[SampledToken]:
         return self._tokens
@@ -85,6 +92,9 @@ class DeviceSteps:
 class _OnDevice:
     def __init__(self, step: DrawnStep, rows: Sequence[SampleRow]) -> None:
         self._step, self._rows = step, rows
+
+    def wait_filled(self) -> None:
+        self._step.wait_filled()
 
     def wait(self) -> list[SampledToken]:
         tokens = [SampledToken(token) for token in self._step.token_ids()]

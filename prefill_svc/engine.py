@@ -51,7 +51,7 @@ class PrefillEngine:
     """Owns the allocator and the batcher (behind one lock) and the thread that runs the model.
 
     Where the device draws tokens by itself a step is launched before the one before it is complete. What is said of a step's KV is
-    said once it is complete.
+    said once it is in the pool: its transfer begins while the first tokens are still being drawn.
 
     `on_change` is called, on whatever thread, whenever the load has changed; `on_failure` once, on the engine's own.
     `submit`, `close`, `share` and `free` may be called from any thread and return at once; events arrive in the job's mailbox.
@@ -203,6 +203,8 @@ class PrefillEngine:
         """Takes in the steps in flight but for the last `keep`."""
         while len(self._flights) > keep:
             flight = self._flights.popleft()
+            flight.result.wait_filled()
+            self._announce(flight.work)
             tokens = flight.result.wait()
             self._pacer.landed()
             self._publish(flight.work, tokens)
@@ -221,13 +223,15 @@ class PrefillEngine:
                 rows.append(next_row - 1)
         return sample(logits[rows], sample_rows) if rows else []
 
+    def _announce(self, work: Work) -> None:
+        """K and V of these chunks are in the pool."""
+        self._courier.send([(job.mailbox, Progress(chunk.start + chunk.num_tokens)) for chunk, job in work])
+
     def _publish(self, work: Work, tokens: Sequence[SampledToken]) -> None:
         now, drawn = time.monotonic_ns(), iter(tokens)
-        events: list[tuple[Mailbox[PrefillEvent], PrefillEvent]] = []
-        for chunk, job in work:
-            events.append((job.mailbox, Progress(chunk.start + chunk.num_tokens)))
-            if chunk.last:
-                events.append((job.mailbox, Finished(next(drawn), job.prompt_logprobs, job.started_ns, now)))
+        events: list[tuple[Mailbox[PrefillEvent], PrefillEvent]] = [
+            (job.mailbox, Finished(next(drawn), job.prompt_logprobs, job.started_ns, now)) for chunk, job in work if chunk.last
+        ]
         with self._lock:
             self._batcher.complete([chunk for chunk, _ in work])
             self._courier.send(events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,7 @@ class GpuModelRunner(ModelRunner):
         self.device = torch.device(settings.device)
         self._stream = _make_stream(self.device)
         self._gpu = gpu
-        self._model = Model(config, tensors, operations)
+        self._many_rows = Model(config, tensors, operations)
         self._few_rows = FewRowsModel(config, tensors, operations)
         max_rows = max(gpu.max_batch, gpu.max_rows)
         self._argmax = Argmax(max_rows, config.vocab_size, self.device)
@@ -108,7 +108,7 @@ class GpuModelRunner(ModelRunner):
         """
         arrays = self._captured(slices, None)
         if arrays is None:
-            return self._compute(slices, None)
+            return self._compute(slices, None, lambda: None)
         if len(self._forwarded) > 1:
             self._forwarded.popleft().token_ids()  # its inputs have been read, so that their memory is free
         memory = self._memories.take()
@@ -131,7 +131,7 @@ class GpuModelRunner(ModelRunner):
             logits = self._replay(arrays, memory)
             self._graphs.drawing.replay(logits, rows, positions, memory)
         else:
-            logits = self._compute(slices, sources)
+            logits = self._compute(slices, sources, memory.note_filled)
             if rows:
                 self._argmax(logits, self._drawn[: len(rows)])
             draw_rows(logits, rows, positions, self._drawn)
@@ -181,8 +181,8 @@ class GpuModelRunner(ModelRunner):
         assert self._graphs is not None, "captured"
         return self._graphs.replay(arrays, memory)
 
-    def _compute(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> torch.Tensor:
-        """`sources`: one a slice."""
+    def _compute(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None, filled: Callable[[], None]) -> torch.Tensor:
+        """`sources`: one a slice. `filled` as in llm.model."""
         pool = self._pool_tensor()
         batch = build_batch(slices, pool.shape[4])
         attention = self._gpu.attention
@@ -190,11 +190,13 @@ class GpuModelRunner(ModelRunner):
         arrays = host_arrays(batch, _by_row(slices, sources), attention.tile_tokens, whole)
         tensors = upload(arrays, self.device)
         largest = int(arrays["tile_counts"].max(initial=0))
-        return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole))
+        return self._forward(make_device_batch(batch, tensors, self._drawn, largest, whole), filled)
 
-    def _forward(self, batch: DeviceBatch) -> torch.Tensor:
-        model = self._few_rows if self._is_few(batch) else self._model
-        return model.forward(batch, self._pool_tensor())
+    def _forward(self, batch: DeviceBatch, filled: Callable[[], None]) -> torch.Tensor:
+        """`filled` is called by steps of prompts alone: others' K and V are nobody's business, and short ones are over soon."""
+        if self._is_few(batch):
+            return self._few_rows.forward(batch, self._pool_tensor())
+        return self._many_rows.forward(batch, self._pool_tensor(), (lambda: None) if self._gpu.max_batch else filled)
 
     def _is_few(self, batch: DeviceBatch) -> bool:
         rows = batch.tensors["positions"].shape[0]
@@ -220,8 +222,8 @@ class GpuModelRunner(ModelRunner):
         tokens = min(tokens, pool.shape[0] * pool.shape[4])
         return [prompt_size(size, gpu.attention.tile_tokens, self._drawn.shape[0]) for size in prompt_sizes(tokens)]
 
-    def _step(self, batch: DeviceBatch) -> torch.Tensor:
-        logits = self._forward(batch)
+    def _step(self, batch: DeviceBatch, filled: Callable[[], None]) -> torch.Tensor:
+        logits = self._forward(batch, filled)
         self._argmax(logits, self._drawn[: logits.shape[0]])
         return logits
 

@@ -48,6 +48,18 @@ class StepMemory:
         self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=drawn.is_cuda)
         self._tokens: npt.NDArray[np.int32] = self._host.numpy()
         self._arrived = _made_event() if drawn.is_cuda else None
+        self._filled = _made_event() if drawn.is_cuda else None
+        self._is_filled_early = False
+
+    def take(self) -> None:
+        """For another step."""
+        self.free, self._is_filled_early = False, False
+
+    def note_filled(self) -> None:
+        """What of the step is launched from now on does not write to the KV pool."""
+        if self._filled is not None:
+            quiet_calls.record(self._filled)
+        self._is_filled_early = True
 
     def fetch(self, count: int, num_kept: int = 0) -> DrawnStep:
         """Begins the copy of the first `count` tokens to the host; later launches on the stream may draw others."""
@@ -69,6 +81,11 @@ class StepMemory:
         assert self._logits is not None, "nothing was kept"
         return self._logits[:count]
 
+    def wait_filled(self) -> None:
+        event = self._filled if self._is_filled_early else self._arrived
+        if event is not None:
+            event.synchronize()
+
     def read(self, count: int) -> list[int]:
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -82,6 +99,11 @@ class DrawnStep:
     def __init__(self, memory: StepMemory, count: int, num_kept: int) -> None:
         self._memory, self._count, self._num_kept = memory, count, num_kept
         self._tokens: list[int] | None = None
+
+    def wait_filled(self) -> None:
+        """Returns once K and V of the step's tokens are in the pool."""
+        if self._tokens is None:
+            self._memory.wait_filled()
 
     def token_ids(self) -> list[int]:
         """Waits for this step only."""
@@ -107,7 +129,7 @@ class StepMemories:
         if memory is None:
             memory = StepMemory(self._drawn)
             self._memories.append(memory)
-        memory.free = False
+        memory.take()
         return memory
 
     def clear(self) -> None:

@@ -6,13 +6,15 @@ graph's shapes are fixed, so a step is padded to the next size; each graph costs
 Decode, by sequences: 1, 2, 4, 8, then steps of 8 to 64, of 16 to 128 and of 32 beyond: padding adds at most a seventh to the rows
 of a batch over 48, and costs nothing where the weights' reading dominates. Prefill, by tokens: few, then steps of 128, which is
 what the matrix product rounds up to anyway. Larger prefill steps keep the device busy for longer than launching them takes.
+
+A prefill step is two graphs: behind the first its K and V are in the pool, and may be sent while the second draws the tokens.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import le
@@ -28,6 +30,9 @@ from llm.gpu.quiet_calls import QuietGraph
 from llm.gpu.step import Staged, StepMemory
 
 Result = TypeVar("Result")
+Graph = torch.cuda.CUDAGraph | QuietGraph
+Cut = Callable[[], None]
+"""Ends the graph that is being captured, and begins the next."""
 
 _PADDING = {"sources": -1, "row_blocks": -1}
 """A padding row reads token 0, writes no K and V, and attends to nothing: its tile counts 0 tokens. Nobody reads its results."""
@@ -132,12 +137,13 @@ class GraphInputs:
 class StepGraphs:
     """Replays the captured step that is large enough."""
 
-    def __init__(self, inputs: GraphInputs, step: Callable[[DeviceBatch], torch.Tensor], drawing: DrawGraphs) -> None:
-        """`step` computes a batch's logits; it must do the same launches each time and never wait."""
+    def __init__(self, inputs: GraphInputs, step: Callable[[DeviceBatch, Cut], torch.Tensor], drawing: DrawGraphs) -> None:
+        """`step` computes a batch's logits; it must do the same launches each time and never wait. It may call what it is given
+        once, when nothing that follows writes to the KV pool."""
         self.inputs = inputs
         self.drawing = drawing
         self._step = step
-        self._graphs: dict[GraphSize, tuple[torch.cuda.CUDAGraph | QuietGraph, torch.Tensor]] = {}
+        self._graphs: dict[GraphSize, tuple[Sequence[Graph], torch.Tensor]] = {}
         self._ascending: list[GraphSize] = []
 
     @property
@@ -150,9 +156,9 @@ class StepGraphs:
         with _without_collection():
             for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
                 batch = self.inputs.batch(size)
-                graph, logits = _captured(lambda batch=batch: self._step(batch), pool)  # type: ignore[misc]
-                self._graphs[size] = graph, logits
-                self.drawing.capture(logits, lambda function: _captured(function, pool)[0])
+                graphs, logits = _captured(lambda cut, batch=batch: self._step(batch, cut), pool)  # type: ignore[misc]
+                self._graphs[size] = graphs, logits
+                self.drawing.capture(logits, lambda function: _captured(lambda _: function(), pool)[0][0])
                 captured(size)
         self._ascending = sorted(self._graphs, key=lambda size: size.rows)
 
@@ -172,8 +178,12 @@ class StepGraphs:
         if memory.staged is None:
             memory.staged = self.inputs.stage()
         self.inputs.upload(arrays, memory.staged)
-        graph, logits = self._graphs[size]
-        graph.replay()
+        (first, *rest), logits = self._graphs[size]
+        first.replay()
+        if rest:
+            memory.note_filled()
+        for graph in rest:
+            graph.replay()
         return logits
 
 
@@ -190,14 +200,21 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _captured(function: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph | QuietGraph, Result]:
-    """A function's launches, and what it returned while they were captured; it is run once before."""
-    function()
+def _captured(function: Callable[[Cut], Result], pool: Any) -> tuple[list[Graph], Result]:
+    """A function's launches, cut where it wants, and what it returned while they were captured; it is run once before."""
+    function(lambda: None)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, pool=pool):
-        result = function()
-    return QuietGraph(graph) if torch.cuda.is_available() else graph, result
+    graphs: list[torch.cuda.CUDAGraph] = []
+    with ExitStack() as capturing:
+
+        def cut() -> None:
+            capturing.close()
+            graphs.append(torch.cuda.CUDAGraph(keep_graph=True))
+            capturing.enter_context(torch.cuda.graph(graphs[-1], pool=pool))
+
+        cut()
+        result = function(cut)
+    return [QuietGraph(graph) for graph in graphs] if torch.cuda.is_available() else list(graphs), result
 
 
 def _shape_only(num_logits: int) -> Batch:

@@ -25,6 +25,9 @@ class FakeDrawnStep:
     drawn: list[int] | None = None
     logits: torch.Tensor | None = None
 
+    def wait_filled(self) -> None:
+        self.runner.fill(self)
+
     def token_ids(self) -> list[int]:
         self.runner.run_until(self)
         assert self.drawn is not None
@@ -63,19 +66,32 @@ class DeviceRunner(FakeRunner):
 
     def run_until(self, step: FakeDrawnStep) -> None:
         while step.drawn is None:
-            self._run(self._queue.popleft())
+            self._fill(self._queue[0])
+            self._draw(self._queue.popleft())
 
-    def _run(self, step: FakeDrawnStep) -> None:
+    def fill(self, step: FakeDrawnStep) -> None:
+        """Until the step's K and V are in the pool; its tokens are not drawn."""
+        if step.drawn is None:
+            while self._queue[0] is not step:
+                self.run_until(self._queue[0])
+            self._fill(step)
+
+    def _fill(self, step: FakeDrawnStep) -> None:
+        if step.logits is not None:
+            return
         assert all(source < 0 or source in self._on_device for source in step.sources), "follows what the host draws"
         known = [
             piece if source < 0 else replace(piece, token_ids=[self._drawn[source]])
             for piece, source in zip(step.slices, step.sources, strict=True)
         ]
-        logits = super().forward(known)
-        ends = [piece.start + len(piece.token_ids) for piece in known if piece.logits == "last"]
+        step.logits = super().forward(known)
+
+    def _draw(self, step: FakeDrawnStep) -> None:
+        logits = step.logits
+        assert logits is not None
+        ends = [piece.start + len(piece.token_ids) for piece in step.slices if piece.logits == "last"]
         rows = [replace(row, token_ids=range(end)) for row, end in zip(step.rows, ends, strict=True)]
         fit = [replace(row, params=PLAIN, forbidden_token_ids=()) if not row.fits_device else row for row in rows]
-        step.logits = logits
         step.drawn = [token.token_id for token in sample(logits, fit)] if rows else []
         self._drawn = step.drawn
         self._on_device = {index for index, row in enumerate(rows) if row.fits_device}

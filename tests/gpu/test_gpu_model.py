@@ -149,6 +149,31 @@ def test_captured_prompts_are_computed_as_launched_ones(config, tensors, device)
         assert relative_error(captured.forward(slices), plain.forward(slices)) < 2e-2
 
 
+@pytest.mark.parametrize("max_tokens", [0, 640])
+def test_prompts_are_in_the_pool_when_they_say_so(config, tensors, device, max_tokens):
+    """Launched and captured; a step launched ahead writes elsewhere meanwhile."""
+    runner = make_runner(config, tensors, chunks.ChunkAttention(), max_tokens=max_tokens)
+    runner.warm_up()
+    row, beside = SampleRow(SamplingParams(temperature=0.0), (), 0), torch.cuda.Stream()
+    for turn in range(20):
+        runner._pool.fill_(torch.nan)
+        torch.cuda.synchronize()
+        prompts = [torch.randint(3, 1000, (560 + turn,)).tolist() for _ in range(2)]
+        first = runner.start_step([SequenceSlice(prompts[0], 0, range(40))], [-1], [row])
+        second = runner.start_step([SequenceSlice(prompts[1], 0, range(40, 80))], [-1], [row])
+        copies = []
+        for step, blocks in ((first, slice(0, 40)), (second, slice(40, 80))):
+            step.wait_filled()
+            with torch.cuda.stream(beside):
+                copies.append((runner._pool[blocks].clone(), blocks))
+                beside.synchronize()
+        for step in (first, second):
+            step.token_ids()
+        for copy, blocks in copies:
+            assert torch.equal(copy.view(torch.int16), runner._pool[blocks].view(torch.int16))
+            assert not copy[:35].isnan().any()
+
+
 def test_steps_are_launched_ahead(config, tensors, device):
     """Eight greedy tokens of three streams, each step launched before the one before is read, are those drawn one by one."""
     runners_ = [make_runner(config, tensors, paged.PagedAttention(), max_batch=4) for _ in range(2)]

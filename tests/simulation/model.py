@@ -175,7 +175,15 @@ class DeviceStep:
         self.tokens: list[int] = []
         self.on_host = Rows()
         self.failure: RuntimeError | None = None
-        self.over = threads.Event()
+        self.chains: Rows | None = None
+        """Of the rows whose logits are wanted, once K and V are in the pool."""
+        self.filled, self.over = threads.Event(), threads.Event()
+
+    def wait_filled(self) -> None:
+        """Waits until K and V of the step's tokens are in the pool."""
+        self.filled.wait()
+        if self.failure is not None:
+            raise self.failure
 
     def token_ids(self) -> list[int]:
         """Waits for the step's end."""
@@ -189,6 +197,10 @@ class DeviceStep:
         return self.on_host
 
 
+_FILLED = 0.9
+"""Of a step's time: after it K and V are in the pool, unless the step follows another's tokens."""
+
+
 class DeviceRunner(StampedRunner):
     """One whose steps go on while its thread does something else, one after the other. Stands for llm.gpu.runner.GpuModelRunner."""
 
@@ -200,27 +212,52 @@ class DeviceRunner(StampedRunner):
         loop = threads.loop()
         begins_at = max(loop.time(), self._last.ends_at if self._last is not None else 0.0)
         before = self._last if any(source >= 0 for source in sources) else None
-        step = self._last = DeviceStep(before, begins_at + self._seconds(slices))
+        seconds = self._seconds(slices)
+        step = self._last = DeviceStep(before, begins_at + seconds)
+        if before is None:
+            loop.deliver(self._process, begins_at + _FILLED * seconds, self._fill, step, slices)
         loop.deliver(self._process, step.ends_at, self._complete, step, slices, sources, rows)
         return step
 
     def _complete(self, step: DeviceStep, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[Any]) -> None:
         """The device's end of a step: what it reads must be what its blocks held for this sequence all along."""
-        chains = Rows()
         try:
             self._harm(slices)
         except RuntimeError as error:
             self._failure = error
         step.failure = self._failure
         if self._failure is None:
-            for piece, source in zip(slices, sources, strict=True):
-                if source >= 0:
-                    assert step.before is not None
-                    piece = replace(piece, token_ids=[step.before.tokens[source]])  # noqa: PLW2901
-                self._write(piece, self._chain_at(piece), chains)
+            chains = step.chains
+            if chains is None:
+                chains = self._computed([_known(piece, source, step.before) for piece, source in zip(slices, sources, strict=True)])
+            else:
+                for piece in slices:
+                    self._chain_at(replace(piece, start=piece.start + len(piece.token_ids)))
             step.tokens = [
                 sampled.token_id if row.fits_device else -1 for sampled, row in zip(sample(chains, rows), rows, strict=True)
             ]
             step.on_host = Rows(chain for chain, row in zip(chains, rows, strict=True) if not row.fits_device)
         step.before = None
+        step.filled.set()
         step.over.set()
+
+    def _fill(self, step: DeviceStep, slices: Sequence[SequenceSlice]) -> None:
+        """K and V are written; what is left is to draw."""
+        step.failure = self._failure
+        if self._failure is None:
+            step.chains = self._computed(slices)
+        step.filled.set()
+
+    def _computed(self, slices: Sequence[SequenceSlice]) -> Rows:
+        chains = Rows()
+        for piece in slices:
+            self._write(piece, self._chain_at(piece), chains)
+        return chains
+
+
+def _known(piece: SequenceSlice, source: int, before: DeviceStep | None) -> SequenceSlice:
+    """With the token that the step before has drawn, where it follows that."""
+    if source < 0:
+        return piece
+    assert before is not None
+    return replace(piece, token_ids=[before.tokens[source]])

@@ -145,7 +145,7 @@ class FakeGraph:
 
     def __init__(self, keep_graph):
         assert keep_graph
-        self.again = None
+        self.again = lambda: None
 
     def __enter__(self):
         FakeGraph.current = self
@@ -160,10 +160,10 @@ class FakeGraph:
 def record(step):
     """`step`, which a graph that is being captured remembers."""
 
-    def recorded(batch):
-        logits = step(batch)
+    def recorded(batch, cut):
+        logits = step(batch, cut)
         if FakeGraph.current is not None:
-            FakeGraph.current.again = lambda: logits.copy_(step(batch))
+            FakeGraph.current.again = lambda: logits.copy_(step(batch, lambda: None))
             logits.fill_(torch.nan)
         return logits
 
@@ -214,7 +214,11 @@ def test_replayed_steps_are_padded_to_the_captured_sizes(config, tensors, refere
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
 @pytest.mark.usefixtures("without_device")
 def test_prompts_are_padded_to_the_captured_sizes(config, tensors, reference, device, monkeypatch):
-    """One that fits few rows, then two that fit only more, of which one has a prefix and one goes on."""
+    """One that fits few rows, then two that fit only more, of which one has a prefix and one goes on: its graph is cut."""
+    memory, graph = type(runners.StepMemories(torch.zeros(1)).take()), FakeGraph
+    order, note_filled, replay = [], memory.note_filled, graph.replay
+    monkeypatch.setattr(memory, "note_filled", lambda self: (order.append("filled"), note_filled(self)))
+    monkeypatch.setattr(graph, "replay", lambda self: (order.append("graph"), replay(self)))
     monkeypatch.setattr(runners, "prompt_sizes", lambda tokens: (64, 80))
     attention = chunks.ChunkAttention(chunks.Shape(16, 16, 4))
     runner = make_runner(config, tensors, device, attention, max_rows=9, max_tokens=80)
@@ -231,6 +235,45 @@ def test_prompts_are_padded_to_the_captured_sizes(config, tensors, reference, de
         expected = reference.forward(slices)
         launched.append((runner.start_step(slices, [-1] * len(slices), [greedy]), expected.argmax(dim=-1).tolist()))
     assert [step.token_ids() for step, _ in launched] == [tokens for _, tokens in launched]
+    assert order == ["graph", *("graph", "filled", "graph"), "graph"]
+
+
+@pytest.mark.parametrize("last", ["last", "none"])
+@pytest.mark.parametrize("config", ["llama"], indirect=True)
+def test_prompts_say_when_nothing_more_is_written(config, tensors, device, last):
+    """Before the tokens are drawn; and what is in the pool then is what is in it in the end."""
+    runner = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=2)
+    memories, seen = [], []
+    take = runner._memories.take
+
+    def noting():
+        memories.append(take())
+        memory, note_filled = memories[-1], memories[-1].note_filled
+        memory.note_filled = lambda: (note_filled(), memory.wait_filled(), seen.append(runner._pool.clone()))
+        return memory
+
+    runner._memories.take = noting
+    slices = [SequenceSlice(list(range(3, 70)), 0, [5, 2, 8, 9, 1], last), SequenceSlice([5], 0, [3], "none")]
+    rows = [SampleRow(SamplingParams(temperature=0.0), (), 0)] if last == "last" else []
+    step = runner.start_step(slices, [-1, -1], rows)
+    (filled,) = seen
+    step.token_ids()
+    step.wait_filled()
+    assert torch.equal(filled.view(torch.int32), runner._pool.view(torch.int32))
+    assert not filled[[5, 2, 8, 9]].isnan().any()
+
+
+@pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
+def test_decode_steps_do_not_say_it(config, tensors, device):
+    """To cut their graphs would cost them time, and nobody would be told."""
+    prefill = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=2)
+    decode = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=2)
+    cuts = []
+    for runner in (prefill, decode):
+        slices = [SequenceSlice(list(range(3, 70)), 0, [5, 2, 8, 9, 1])]
+        with torch.inference_mode():
+            runner._compute(slices, None, lambda runner=runner: cuts.append(runner))
+    assert cuts == [prefill]
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)

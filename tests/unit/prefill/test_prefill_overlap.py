@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from prefill_svc.batcher import BatcherLimits, PrefillBatcher, PromptState
 from prefill_svc.engine import PrefillEngine
 from prefill_svc.job import Finished, PrefillJob, Progress
 from tandem.engine_thread import Courier
-from tests.fakes.device_runner import DeviceRunner
+from tests.fakes.device_runner import DeviceRunner, FakeDrawnStep
 from tests.fakes.runner import LAYOUT, next_token
 
 
@@ -61,6 +62,30 @@ async def test_chunks_are_launched_ahead_and_told_when_they_are_in_the_pool() ->
     assert told == len(prompt)
     assert suite.runner.most_in_flight == 2
     assert suite.runner.sizes == [[8], [8], [8], [5]]
+
+
+async def test_blocks_are_told_of_before_the_first_token_is_drawn() -> None:
+    """Whoever copies them need not wait for it; and they are as they will be."""
+    suite, prompt = Suite(), [5, 6, 7]
+    one, told, steps = job(prompt), [], []
+    start_step = suite.runner.start_step
+
+    def start_and_keep(*arguments: Any) -> FakeDrawnStep:
+        steps.append(start_step(*arguments))
+        return steps[-1]
+
+    def tell(deliveries: Sequence[tuple[object, object]]) -> None:
+        for _, event in deliveries:
+            told.append((type(event), steps[-1].drawn))
+            if isinstance(event, Progress):
+                assert suite.runner._read(one.prompt.block_ids, event.num_computed_tokens).tolist() == prompt
+
+    suite.engine.submit(one)
+    suite.runner.start_step = start_and_keep  # type: ignore[method-assign]
+    suite.engine._courier.send = tell  # type: ignore[method-assign,assignment]
+    while await suite.step():
+        pass
+    assert told == [(Progress, None), (Finished, [next_token(prompt)])]
 
 
 async def test_prompt_logprobs_are_the_hosts_affair_and_wait_for_no_one_else() -> None:
