@@ -11,6 +11,9 @@ from kvtransfer.kv_messages import PREFIX, Message, decode, encode, header_bytes
 _FAIR_BYTES = 1 << 20
 """After so much without a pause, others get a turn on the event loop."""
 
+_AHEAD_BYTES = 4096
+"""A message of as many blocks as one may tell of, or all that a peer has sent of several, comes with one system call."""
+
 _PIECE_BYTES = 1 << 19
 """Most that one system call moves: the loop stands still for as long as that takes."""
 
@@ -31,6 +34,13 @@ class Connection:
         self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
         self._turn_bytes = 0
+        self._room = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead = bytearray()
+        """What has come of the next messages, and perhaps of the blocks behind them."""
+        self._listening = False
+        self._waiting: asyncio.Future[None] | None = None
+        """Whoever receives, while nothing has come."""
+        self._gone: Callable[[], object] | None = None
 
     @classmethod
     async def open(cls, host: str, port: int, stall_s: float) -> "Connection":
@@ -47,7 +57,13 @@ class Connection:
 
     async def send(self, message: Message) -> None:
         """Sends a message; the blocks that belong to it follow."""
-        await self.send_blocks([memoryview(encode(message))], lambda: None)
+        data = encode(message)
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self.send_blocks([memoryview(data)[sent:]], lambda: None)
 
     async def send_blocks(self, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
         """Sends bytes as they are. `check` is called before each piece, right before it goes; its error ends the sending."""
@@ -58,37 +74,34 @@ class Connection:
 
     async def receive(self, wait_s: float | None = None) -> Message:
         """The next message, which the peer may take `wait_s` to begin, then `stall_s` in all to end. FrameError if it is none."""
-        prefix = bytearray(PREFIX.size)
-        first = await self._receive_some(memoryview(prefix), wait_s or self._stall_s)
-        deadline = self._loop.time() + self._stall_s
-        await self._receive_until(deadline, memoryview(prefix)[first:])
-        header = bytearray(header_bytes(prefix))
-        await self._receive_until(deadline, memoryview(header))
-        return decode(prefix, bytes(header))
+        if not self._ahead:
+            await self._receive_ahead(wait_s or self._stall_s)
+        message, deadline = self._take_message(), self._loop.time() + self._stall_s
+        while message is None:
+            await self._receive_ahead(deadline - self._loop.time())
+            message = self._take_message()
+        return message
 
     async def receive_into(self, target: memoryview) -> None:
         """Fills `target` with the next bytes."""
-        received = 0
+        received = min(len(target), len(self._ahead))
+        target[:received] = self._ahead[:received]
+        del self._ahead[:received]
         while received < len(target):
             received += await self._receive_some(target[received : received + _PIECE_BYTES], self._stall_s)
 
     def watch(self, gone: Callable[[], object]) -> None:
         """Calls `gone` as soon as the peer closes its side, until `unwatch`; nothing may be received meanwhile."""
-        self._loop.add_reader(self._socket, self._peek, gone)
+        self._gone = gone
+        self._listen()
 
     def unwatch(self) -> None:
-        self._loop.remove_reader(self._socket)
+        self._gone = None
 
     @property
     def quiet(self) -> bool:
         """Whether the connection is up and holds no unread byte; an idle one that is not quiet is of no use any more."""
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        return not self._ahead and self._peek() is None
 
     def close(self) -> None:
         """Idempotent."""
@@ -97,16 +110,50 @@ class Connection:
             self._loop.remove_writer(self._socket)
             self._socket.close()
 
-    def _peek(self, gone: Callable[[], object]) -> None:
-        try:
-            more = self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
+    def _listen(self) -> None:
+        if not self._listening:
+            self._listening = True
+            self._loop.add_reader(self._socket, self._on_bytes)
+
+    def _on_bytes(self) -> None:
+        """Goes on listening while somebody wants to know: beginning and ending it are a system call each, for every message."""
+        if self._waiting is not None:
+            _resolve(self._waiting)
             return
-        except OSError:
-            more = b""
-        self.unwatch()
-        if not more:
+        more = self._peek()
+        if more is None:
+            return
+        self._listening = False
+        self._loop.remove_reader(self._socket)
+        gone, self._gone = self._gone, None
+        if gone is not None and not more:
             gone()
+
+    def _peek(self) -> bytes | None:
+        """The first unread byte; none at the end. None if nothing has come."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _take_message(self) -> Message | None:
+        """The message at the beginning of what has come, if it is whole. Raises FrameError."""
+        ahead = self._ahead
+        if len(ahead) < PREFIX.size:
+            return None
+        prefix = ahead[: PREFIX.size]
+        end = PREFIX.size + header_bytes(prefix)
+        if len(ahead) < end:
+            return None
+        header = bytes(ahead[PREFIX.size : end])
+        del ahead[:end]
+        return decode(prefix, header)
+
+    async def _receive_ahead(self, wait_s: float) -> None:
+        received = await self._receive_some(self._room, wait_s)
+        self._ahead += self._room[:received]
 
     async def _send_some(self, part: memoryview, check: Callable[[], None]) -> int:
         await self._take_turns(len(part))
@@ -115,7 +162,7 @@ class Connection:
             try:
                 return self._socket.send(part)
             except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer, self._stall_s)
+                await self._writable()
 
     async def _receive_some(self, target: memoryview, wait_s: float) -> int:
         await self._take_turns(len(target))
@@ -123,17 +170,11 @@ class Connection:
             try:
                 received = self._socket.recv_into(target)
             except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader, wait_s)
+                await self._readable(wait_s)
                 continue
             if received == 0 and len(target) > 0:
                 raise ConnectionResetError("the peer closed the connection")
             return received
-
-    async def _receive_until(self, deadline: float, target: memoryview) -> None:
-        """Fills `target`; the clock is only looked at where there is something to wait for."""
-        received = 0
-        while received < len(target):
-            received += await self._receive_some(target[received:], deadline - self._loop.time())
 
     async def _take_turns(self, num_bytes: int) -> None:
         self._turn_bytes += num_bytes
@@ -141,18 +182,31 @@ class Connection:
             self._turn_bytes = 0
             await asyncio.sleep(0)
 
-    async def _ready(self, add: Callable[..., object], remove: Callable[..., object], wait_s: float) -> None:
-        """Waits until the socket can be read or written. A timer of our own costs half of what asyncio.timeout does."""
-        self._turn_bytes = 0
+    async def _readable(self, wait_s: float) -> None:
+        self._waiting = self._loop.create_future()
+        self._listen()
+        try:
+            await self._until(self._waiting, wait_s)
+        finally:
+            self._waiting = None
+
+    async def _writable(self) -> None:
         ready = self._loop.create_future()
-        add(self._socket, _resolve, ready)
+        self._loop.add_writer(self._socket, _resolve, ready)
+        try:
+            await self._until(ready, self._stall_s)
+        finally:
+            if self._socket.fileno() >= 0:
+                self._loop.remove_writer(self._socket)
+
+    async def _until(self, ready: "asyncio.Future[None]", wait_s: float) -> None:
+        """A timer of our own costs half of what asyncio.timeout does."""
+        self._turn_bytes = 0
         timer = self._loop.call_later(max(0.0, wait_s), _expire, ready)
         try:
             await ready
         finally:
             timer.cancel()
-            if self._socket.fileno() >= 0:
-                remove(self._socket)
 
 
 async def _resolved(host: str, port: int) -> Sequence[Any]:

@@ -71,9 +71,9 @@ def harmed_wire() -> Iterator[Wire]:
     async def sent(self: Connection, message: Message) -> None:
         if isinstance(message, PullMessage):
             wire.asked()
-            await send_blocks(self, [memoryview(encode(message))], lambda: None)
-        else:
             await send(self, message)
+        else:
+            await sent_blocks(self, [memoryview(encode(message))], lambda: None)
 
     async def sent_blocks(self: Connection, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
         await send_blocks(self, [memoryview(wire.carried(b"".join(blocks)))], check)

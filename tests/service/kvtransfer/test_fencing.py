@@ -109,14 +109,13 @@ async def test_a_sender_stops_with_its_ticket(monkeypatch: pytest.MonkeyPatch) -
 
     The blocks are far more than the kernel buffers, so most of them are still to be sent when it waits.
     """
-    waits, ready = list[object](), Connection._ready
+    waits, writable = list[Connection](), Connection._writable
 
-    async def noted(self: Connection, add: object, *rest: object) -> None:
-        if getattr(add, "__name__", "") == "add_writer":
-            waits.append(add)
-        await ready(self, add, *rest)  # type: ignore[arg-type]
+    async def noted(self: Connection) -> None:
+        waits.append(self)
+        await writable(self)
 
-    monkeypatch.setattr(Connection, "_ready", noted)
+    monkeypatch.setattr(Connection, "_writable", noted)
     async with transfer("tcp", make_pool=large_pool) as at:
         ticket = await at.sealed(tuple(range(NUM_BLOCKS)))
         offer = next(offer for offer in ticket.offers if isinstance(offer, TcpOffer))
