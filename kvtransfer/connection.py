@@ -17,6 +17,8 @@ _AHEAD_BYTES = 4096
 _PIECE_BYTES = 1 << 19
 """Most that one system call moves: the loop stands still for as long as that takes."""
 
+_NOTHING = memoryview(b"")
+
 
 class Connection:
     """Owns a connected non-blocking socket. One coroutine sends and one receives at a time.
@@ -37,6 +39,7 @@ class Connection:
         self._room = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead = bytearray()
         """What has come of the next messages, and perhaps of the blocks behind them."""
+        self._unsent = _NOTHING
         self._listening = False
         self._waiting: asyncio.Future[None] | None = None
         """Whoever receives, while nothing has come."""
@@ -55,15 +58,25 @@ class Connection:
             family, kind, protocol, _, address = addresses[-1]
             return cls(await _connected(family, kind, protocol, address), stall_s)
 
-    async def send(self, message: Message) -> None:
-        """Sends a message; the blocks that belong to it follow."""
+    def send_at_once(self, message: Message) -> bool:
+        """Whether the socket took all of the message. If not, `flush` comes before anything else is sent."""
         data = encode(message)
         try:
             sent = self._socket.send(data)
         except BlockingIOError:
             sent = 0
-        if sent < len(data):
-            await self.send_blocks([memoryview(data)[sent:]], lambda: None)
+        self._unsent = memoryview(data)[sent:]
+        return not self._unsent
+
+    async def send(self, message: Message) -> None:
+        """Sends a message; the blocks that belong to it follow."""
+        if not self.send_at_once(message):
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Sends what is left of a message."""
+        rest, self._unsent = self._unsent, _NOTHING
+        await self.send_blocks([rest], lambda: None)
 
     async def send_blocks(self, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
         """Sends bytes as they are. `check` is called before each piece, right before it goes; its error ends the sending."""

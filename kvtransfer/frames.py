@@ -23,3 +23,7 @@ class NewsFrame:
     """XXH3-64 of the bytes of the blocks from `first_checksum_index` on."""
     first_token_id: int | None = None
     """The first token of the completion, once the prompt is computed."""
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.num_blocks or self.checksums) or self.first_token_id is not None

@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing
+from functools import partial
 from typing import Protocol
 
 from kvtransfer.connection import Connection
 from kvtransfer.frames import NewsFrame
 from kvtransfer.kv_messages import MAX_METADATA, MAX_TEXT_BYTES, ErrorMessage, FrameError, NewsMessage, PullMessage, ReleaseMessage
+from kvtransfer.outbox import Reading
 from kvtransfer.staging import Stage
 from llm.kv.block_arrays import BlockIds
 from tandem.errors import Reason, TandemError
@@ -29,9 +31,7 @@ ACCEPT_PAUSE_S = 0.1
 class Source(Protocol):
     """What is served: see KvProducer."""
 
-    def frames(
-        self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
-    ) -> AsyncGenerator[NewsFrame, None]: ...
+    def reading(self, ticket_id: str, epoch: int, first_block_index: int) -> AbstractContextManager[Reading]: ...
 
     def block_ids(self, ticket_id: str, epoch: int) -> BlockIds: ...
 
@@ -138,11 +138,9 @@ class KvServer:
         if request.with_blocks and not self._sends_blocks:
             raise TandemError(Reason.INVALID_REQUEST, "this producer does not send blocks by tcp")
         ticket_id, epoch = request.ticket_id, request.epoch
-        async with aclosing(self._source.frames(ticket_id, epoch, request.first_block_index, HEARTBEAT_S)) as frames:
-            async for frame in frames:
-                await connection.send(_news(ticket_id, frame, self._block_bytes))
-                if request.with_blocks and frame.num_blocks:
-                    await self._send_blocks(connection, ticket_id, frame)
+        with self._source.reading(ticket_id, epoch, request.first_block_index) as reading:
+            send_blocks = partial(self._send_blocks, connection, ticket_id) if request.with_blocks else None
+            await Telling(connection, ticket_id, self._block_bytes, reading, send_blocks).run()
 
     async def _send_blocks(self, connection: Connection, ticket_id: str, frame: NewsFrame) -> None:
         epoch, first, last = frame.epoch, frame.first_block_index, frame.first_block_index + frame.num_blocks
@@ -154,6 +152,95 @@ class KvServer:
         except TandemError as error:
             # The consumer expects bytes of blocks now; only the connection's end can tell it.
             raise ConnectionAbortedError(error.message) from error
+
+
+class Telling:
+    """The answer to one pull.
+
+    News that no blocks follow goes to the socket in the very call that brings it, and not by way of a task that is woken for it.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        ticket_id: str,
+        block_bytes: int,
+        reading: Reading,
+        send_blocks: Callable[[NewsFrame], Awaitable[None]] | None,
+    ) -> None:
+        self._connection = connection
+        self._ticket_id = ticket_id
+        self._block_bytes = block_bytes
+        self._reading = reading
+        self._send_blocks = send_blocks
+        self._waiting: asyncio.Future[bool] | None = None
+        """The task, while it knows of nothing to tell."""
+        self._error: Exception | None = None
+
+    async def run(self) -> None:
+        """Returns when everything was told. Raises the error that ended the ticket, or OSError."""
+        self._reading.heard = self._heard
+        while True:
+            await self._connection.flush()
+            if self._send_blocks is not None:
+                await self._tell_with_blocks(self._send_blocks)
+            elif not self._tell_at_once():
+                continue
+            if self._reading.complete:
+                return
+            if not await self._news_within(HEARTBEAT_S) and not (frame := self._reading.news()).has_news:
+                await self._connection.send(self._message(frame))
+
+    def _heard(self) -> None:
+        """There may be news. While the task is at work it looks itself."""
+        waiting = self._waiting
+        if waiting is None or waiting.done():
+            return
+        try:
+            told = self._send_blocks is None and self._tell_at_once()
+        except Exception as error:  # it is the task's, and must not hurt who brings the news
+            told, self._error = False, error
+        if not told or self._reading.complete:
+            waiting.set_result(True)
+
+    def _tell_at_once(self) -> bool:
+        """Whether the socket took all that there is."""
+        while (frame := self._reading.news()).has_news:
+            taken = self._connection.send_at_once(self._message(frame))
+            self._reading.told(frame)
+            if not taken:
+                return False
+        return True
+
+    async def _tell_with_blocks(self, send_blocks: Callable[[NewsFrame], Awaitable[None]]) -> None:
+        while (frame := self._reading.news()).has_news:
+            await self._connection.send(self._message(frame))
+            if frame.num_blocks:
+                await send_blocks(frame)
+            self._reading.told(frame)
+
+    async def _news_within(self, wait_s: float) -> bool:
+        """Whether there is something to do for the task before so long. Raises what telling at once failed with."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[bool] = loop.create_future()
+        self._waiting = waiting
+        timer = loop.call_later(wait_s, _run_out, waiting)
+        try:
+            heard = await waiting
+        finally:
+            timer.cancel()
+            self._waiting = None
+        if self._error is not None:
+            raise self._error
+        return heard
+
+    def _message(self, frame: NewsFrame) -> NewsMessage:
+        return _news(self._ticket_id, frame, self._block_bytes)
+
+
+def _run_out(waiting: "asyncio.Future[bool]") -> None:
+    if not waiting.done():
+        waiting.set_result(False)
 
 
 def _news(ticket_id: str, frame: NewsFrame, block_bytes: int) -> NewsMessage:

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -22,23 +22,6 @@ logger = logging.getLogger(__name__)
 CHECKSUM_THREADS = 2
 
 
-@dataclass
-class Reader:
-    """What one stream has been told: so many blocks and checksums from the ticket's first on, and whether the first token."""
-
-    num_blocks: int
-    num_checksums: int
-    knows_token: bool = False
-
-    def knows_all_of(self, entry: Entry) -> bool:
-        return self.knows_token and self.num_blocks == self.num_checksums == len(entry.block_ids)
-
-    def note(self, frame: NewsFrame) -> None:
-        self.num_blocks += frame.num_blocks
-        self.num_checksums += len(frame.checksums)
-        self.knows_token |= frame.first_token_id is not None
-
-
 class Outbox:
     """One ticket's readiness, as its readers may see it. On the event loop."""
 
@@ -52,17 +35,31 @@ class Outbox:
         self._checksums = np.zeros(len(entry.block_ids), np.uint64)
         self._known = np.zeros(len(entry.block_ids) + 1, np.bool_)  # the last never is
         self._num_checksums = 0
-        self._changed = asyncio.Event()
+        self._readings: set[Reading] = set()
 
     @property
     def num_checksums(self) -> int:
         """Blocks from the first on whose checksums readers may know."""
         return self._num_checksums
 
+    @contextmanager
+    def reading(self, first: int) -> Iterator["Reading"]:
+        """A reader, who is told until the context is left."""
+        reading = Reading(self, first)
+        self._readings.add(reading)
+        try:
+            yield reading
+        finally:
+            self._readings.remove(reading)
+
+    def checksums(self, first: int, last: int) -> tuple[int, ...]:
+        """Those of the blocks from the first index up to the last; readers may know them."""
+        return tuple(self._checksums[first:last].tolist()) if first < last else ()
+
     def notify(self) -> None:
-        """Wakes everyone who waits; the entry, or what is known of it, has changed."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        """Tells every reader that the entry, or what is known of it, has changed."""
+        for reading in tuple(self._readings):
+            reading.heard()
 
     def add(self, first_block_index: int, checksums: Sums) -> None:
         """Checksums may come in any order; readers hear of them in order, without gap."""
@@ -72,32 +69,45 @@ class Outbox:
         self._num_checksums += int(self._known[self._num_checksums :].argmin())
         self.notify()
 
-    async def next_frame(self, reader: Reader, heartbeat_s: float | None) -> NewsFrame:
-        """What a reader is told next; a frame without news after `heartbeat_s`. Raises the error that ended the ticket."""
-        while True:
-            frame = self._news_for(reader)
-            if frame.num_blocks or frame.checksums or frame.first_token_id is not None:
-                return frame
-            try:
-                async with asyncio.timeout(heartbeat_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                return frame
 
-    def _news_for(self, reader: Reader) -> NewsFrame:
-        entry, told = self.entry, reader.num_checksums
+class Reading:
+    """What one stream is told of a ticket, from its `first`th block and checksum on, and where it stands."""
+
+    def __init__(self, outbox: Outbox, first: int) -> None:
+        self.heard: Callable[[], None] = _nothing
+        """Called when there may be news, by whoever brings them."""
+        self._outbox = outbox
+        self._num_blocks = self._num_checksums = first
+        self._knows_token = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was told."""
+        return self._knows_token and self._num_blocks == self._num_checksums == len(self._outbox.block_ids)
+
+    def news(self) -> NewsFrame:
+        """What is to be told next, which may be nothing. Raises the error that ended the ticket."""
+        outbox, entry, told = self._outbox, self._outbox.entry, self._num_checksums
         if entry.error is not None:
             raise entry.error
-        if self.silenced is not None:
-            raise self.silenced
+        if outbox.silenced is not None:
+            raise outbox.silenced
         if entry.state.final:
             raise not_found(entry.ticket_id, entry.epoch, entry.state.value)
-        num_blocks = min(max(0, entry.num_ready_blocks - reader.num_blocks), MAX_ITEMS_PER_FRAME)
+        num_blocks = min(max(0, entry.num_ready_blocks - self._num_blocks), MAX_ITEMS_PER_FRAME)
         # No checksum comes before its block: a frame holds what belongs together.
-        end = min(self._num_checksums, told + MAX_ITEMS_PER_FRAME, reader.num_blocks + num_blocks)
-        checksums = tuple(self._checksums[told:end].tolist())
-        token = None if reader.knows_token else entry.first_token_id
-        return NewsFrame(entry.epoch, reader.num_blocks, num_blocks, told, checksums, token)
+        end = min(outbox.num_checksums, told + MAX_ITEMS_PER_FRAME, self._num_blocks + num_blocks)
+        token = None if self._knows_token else entry.first_token_id
+        return NewsFrame(entry.epoch, self._num_blocks, num_blocks, told, outbox.checksums(told, end), token)
+
+    def told(self, frame: NewsFrame) -> None:
+        self._num_blocks += frame.num_blocks
+        self._num_checksums += len(frame.checksums)
+        self._knows_token |= frame.first_token_id is not None
+
+
+def _nothing() -> None:
+    """Nobody listens."""
 
 
 class Checksummer:

@@ -4,20 +4,20 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvtransfer.blocks import MakeBlocks, blocks_of
 from kvtransfer.choice import offerable
 from kvtransfer.counters import ProducerCounters
-from kvtransfer.frames import NewsFrame
 from kvtransfer.heart_server import HeartServer
 from kvtransfer.host_blocks import HostBlocks
 from kvtransfer.kv_server import KvServer
 from kvtransfer.ledger import TicketLedger, not_found
 from kvtransfer.links import Links
 from kvtransfer.offers import offer_for
-from kvtransfer.outbox import Checksummer, Outbox, Reader
+from kvtransfer.outbox import Checksummer, Outbox, Reading
 from kvtransfer.pulse import Pulse
 from kvtransfer.staging import stage_of
 from kvtransfer.states import State
@@ -195,26 +195,23 @@ class KvProducer:
         if self._ledger.get(ticket_id) is None:
             raise not_found(ticket_id, epoch, "over")
 
-    async def frames(
-        self, ticket_id: str, epoch: int, first_block_index: int, heartbeat_s: float | None = None
-    ) -> AsyncGenerator[NewsFrame, None]:
-        """What becomes ready from `first_block_index` on, as it does, until everything was told.
+    @contextmanager
+    def reading(self, ticket_id: str, epoch: int, first_block_index: int) -> Iterator[Reading]:
+        """What becomes ready of a ticket from `first_block_index` on.
 
-        With `heartbeat_s`, a frame after each such span without news. The caller closes the generator; its being open keeps no
-        lease alive. Raises TICKET_NOT_FOUND, INVALID_REQUEST for an index beyond the ticket, TRANSFER_INTERRUPTED for a consumer
-        that has fallen silent, or the error given to `abort`.
+        The context is to be left without an error only when everything was told; its being open keeps no lease alive. What it gives
+        raises TRANSFER_INTERRUPTED for a consumer that has fallen silent, or the error given to `abort`. Raises TICKET_NOT_FOUND,
+        and INVALID_REQUEST for an index beyond the ticket.
         """
         entry = self._ledger.open(ticket_id, epoch)
-        outbox, reader = self._outboxes[ticket_id], Reader(first_block_index, first_block_index)
+        outbox = self._outboxes[ticket_id]
         outbox.silenced = None
         self._count_reader(1)
         try:
             if not 0 <= first_block_index <= len(entry.block_ids):
                 raise TandemError(Reason.INVALID_REQUEST, f"the ticket has {len(entry.block_ids)} blocks, not {first_block_index}")
-            while not reader.knows_all_of(entry):
-                frame = await outbox.next_frame(reader, heartbeat_s)
-                yield frame
-                reader.note(frame)
+            with outbox.reading(first_block_index) as reading:
+                yield reading
             self._ledger.pulled(entry)
         finally:
             self._ledger.close(entry)

@@ -66,23 +66,23 @@ class Wire:
 @contextlib.contextmanager
 def harmed_wire() -> Iterator[Wire]:
     """What any producer in this process sends goes over the wire that this gives."""
-    wire, send, send_blocks = Wire(), Connection.send, Connection.send_blocks
+    wire, send_at_once, send_blocks = Wire(), Connection.send_at_once, Connection.send_blocks
 
-    async def sent(self: Connection, message: Message) -> None:
+    def sent_at_once(self: Connection, message: Message) -> bool:
         if isinstance(message, PullMessage):
             wire.asked()
-            await send(self, message)
-        else:
-            await sent_blocks(self, [memoryview(encode(message))], lambda: None)
+            return send_at_once(self, message)
+        self._unsent = memoryview(encode(message))
+        return False
 
     async def sent_blocks(self: Connection, blocks: Sequence[memoryview], check: Callable[[], None]) -> None:
         await send_blocks(self, [memoryview(wire.carried(b"".join(blocks)))], check)
 
-    Connection.send, Connection.send_blocks = sent, sent_blocks  # type: ignore[method-assign]
+    Connection.send_at_once, Connection.send_blocks = sent_at_once, sent_blocks  # type: ignore[method-assign]
     try:
         yield wire
     finally:
-        Connection.send, Connection.send_blocks = send, send_blocks  # type: ignore[method-assign]
+        Connection.send_at_once, Connection.send_blocks = send_at_once, send_blocks  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from kvtransfer.connection import Connection
+from kvtransfer.frames import NewsFrame
+from kvtransfer.outbox import Reading
 from kvtransfer.producer import KvProducer
 from kvtransfer.puller import KvPuller
 from tests.faults.failpoints import Failpoint, gate_of
@@ -88,25 +90,21 @@ def _pull(*, after: bool) -> Callable[[Any], None]:
     return install_at
 
 
-def _frames(*, after: bool) -> Callable[[Any], None]:
+def _told(*, after: bool) -> Callable[[Any], None]:
     """Counts runs of blocks on their way to a consumer: before one is sent, or after it was."""
 
     def install_at(gate: Callable[[], None]) -> None:
-        original = KvProducer.frames
+        name = "told" if after else "news"
+        original = getattr(Reading, name)
 
-        async def wrapped(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
-            frames = original(*arguments, **options)
-            try:
-                async for frame in frames:
-                    if frame.num_blocks and not after:
-                        gate()
-                    yield frame
-                    if frame.num_blocks and after:
-                        gate()
-            finally:
-                await frames.aclose()
+        @functools.wraps(original)
+        def wrapped(self: Reading, *frame: NewsFrame) -> NewsFrame | None:
+            found: NewsFrame | None = original(self, *frame)
+            if (found or frame[0]).num_blocks:
+                gate()
+            return found
 
-        KvProducer.frames = wrapped  # type: ignore[method-assign, assignment]
+        setattr(Reading, name, wrapped)
 
     return install_at
 
@@ -124,14 +122,14 @@ def _engine(module: str, name: str) -> Callable[[Any], None]:
 
 def _flip_on_the_wire(points: Sequence[Failpoint]) -> None:
     """A consumer gets one wrong bit in a run of blocks; the producer's pool and its checksums stay as they are."""
-    send, send_blocks = Connection.send, Connection.send_blocks
+    flush, send_blocks = Connection.flush, Connection.send_blocks
     headers = ContextVar("headers", default=False)
 
-    async def wrapped_send(self: Connection, message: Any) -> None:
-        """A message's own bytes take the same way as blocks, and are left alone."""
+    async def wrapped_flush(self: Connection) -> None:
+        """A message's own bytes may take the same way as blocks, and are left alone."""
         token = headers.set(True)
         try:
-            await send(self, message)
+            await flush(self)
         finally:
             headers.reset(token)
 
@@ -143,7 +141,7 @@ def _flip_on_the_wire(points: Sequence[Failpoint]) -> None:
             logger.warning("failpoint wire: a bit of a block was flipped")
         await send_blocks(self, blocks, check)
 
-    Connection.send = wrapped_send  # type: ignore[method-assign]
+    Connection.flush = wrapped_flush  # type: ignore[method-assign]
     Connection.send_blocks = wrapped_blocks  # type: ignore[method-assign]
 
 
@@ -157,8 +155,8 @@ _INSTALLERS: dict[str, dict[str, Callable[[Any], None]]] = {
     "prefill_svc": {
         **_STEPS,
         "admit": _engine("prefill_svc", "submit"),
-        "blocks.before": _frames(after=False),
-        "blocks.after": _frames(after=True),
+        "blocks.before": _told(after=False),
+        "blocks.after": _told(after=True),
         "finish": _method(KvProducer, "finish"),
         "first_token": _method(KvProducer, "finish", after=True),
     },
