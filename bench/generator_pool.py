@@ -31,13 +31,15 @@ class GeneratorPool:
         self._processes = processes
         self._vocabulary_size = vocabulary_size
         self._drain_s = drain_s
+        self.begin_ns = 0
+        """Of the last load, on the monotonic clock."""
 
     async def run(self, load: Load, extent: Extent, seed: int) -> Measurement:
         """Runs a load in all processes at once."""
         shares = self._shares(load, extent, seed)
-        begin_ns = time.monotonic_ns() + round(BEGIN_AFTER_S * 1e9)
+        self.begin_ns = time.monotonic_ns() + round(BEGIN_AFTER_S * 1e9)
         for process, share in zip(self._processes, shares, strict=True):
-            await _tell(process, {"share": asdict(share), "begin_ns": begin_ns})
+            await _tell(process, {"share": asdict(share), "begin_ns": self.begin_ns})
         answers = await asyncio.gather(*(_answer(process) for process in self._processes))
         return Measurement.together([Measurement.from_json(answer) for answer in answers])
 

@@ -74,9 +74,10 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def suite(step_ms: float, row_ms: float) -> Iterator[Suite]:
+def suite(step_ms: float, row_ms: float, *ends: Path) -> Iterator[Suite]:
+    """`ends`: the file into which the decode worker writes when its steps ended, if that is asked for."""
     port = free_port("127.0.0.1")
-    with worker("prefill", step_ms, row_ms) as prefill, worker("decode", step_ms, row_ms) as decode:
+    with worker("prefill", step_ms, row_ms) as prefill, worker("decode", step_ms, row_ms, *ends) as decode:
         targets = ("--prefill-targets", prefill[0], "--decode-targets", decode[0])
         gateway = subprocess.Popen([sys.executable, "-m", "gateway", "--model", MODEL, "--port", str(port), *targets])
         try:
@@ -89,9 +90,9 @@ def suite(step_ms: float, row_ms: float) -> Iterator[Suite]:
 
 
 @contextlib.contextmanager
-def worker(role: str, step_ms: float, row_ms: float) -> Iterator[tuple[str, int]]:
+def worker(role: str, step_ms: float, row_ms: float, *ends: Path) -> Iterator[tuple[str, int]]:
     """Its address and process id."""
-    command = [sys.executable, "-m", "bench.relay_workers", role, str(step_ms), str(row_ms)]
+    command = [sys.executable, "-m", "bench.relay_workers", role, str(step_ms), str(row_ms), *map(str, ends)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None, "made with pipes"
     try:
