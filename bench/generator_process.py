@@ -10,12 +10,14 @@ import sys
 from typing import Any
 
 from bench.generator import Client, Share, run_share
+from tandem.pauses import avoid_pauses
 from tandem.server import loop_factory
 
 
 async def serve() -> None:
     loop = asyncio.get_running_loop()
     client = make_client(json.loads(await loop.run_in_executor(None, sys.stdin.readline)))
+    avoid_pauses()
     try:
         answer({})
         while line := await loop.run_in_executor(None, sys.stdin.readline):
