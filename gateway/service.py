@@ -19,7 +19,7 @@ from gateway.relay import Relay, user_error
 from gateway.request_id import new_request_id
 from gateway.running_keys import RunningKeys
 from gateway.served_model import ServedModel
-from gateway.spans import note_ending, note_job, note_request, request_span
+from gateway.spans import note_ending, note_job, note_request, record_tokenizing, request_span
 from gateway.stall import watching
 from gateway.timeline import Timeline
 from gateway.validate import check_length, check_request
@@ -27,7 +27,6 @@ from gateway.wire import ResponseWriter
 from tandem.api.v1 import generation_pb2, generation_pb2_grpc
 from tandem.errors import Reason, TandemError
 from tandem.interceptor import when_dismissed
-from tandem.tracing import tracer
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, request_id: str, deadline: float, span: Span
     ) -> GenerationJob:
         """The request, checked and tokenized; refused before the costly part if the gateway is full anyway."""
-        with tracer().start_as_current_span(
-            "gateway.tokenize", record_exception=False, set_status_on_exception=False
-        ) as tokenizing:
+        began, token_ids = self._clock(), None
+        try:
             checked = check_request(request, self._model)
             note_request(span, checked, self._model)
             self._admission.check()
             token_ids = await prompt_tokens(checked.prompt, self._model)
-            tokenizing.set_attribute("gen_ai.usage.input_tokens", len(token_ids))
             stopping = check_length(len(token_ids), checked, self._model, self._relay.pool_tokens(self._model.digest))
+        finally:
+            record_tokenizing(began, self._clock(), None if token_ids is None else len(token_ids))
         seed = secrets.randbits(64) if checked.seed is None else checked.seed
         job = GenerationJob(
             request_id=request_id,

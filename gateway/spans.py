@@ -68,6 +68,12 @@ def note_job(span: Span, job: GenerationJob) -> None:
     )
 
 
+def record_tokenizing(began: float, ended: float, num_tokens: int | None) -> None:
+    """`began` and `ended` are on the monotonic clock, in seconds. None: the request was refused before it had tokens."""
+    attributes: dict[str, AttributeValue] = {} if num_tokens is None else {"gen_ai.usage.input_tokens": num_tokens}
+    record_span("gateway.tokenize", None, wall_ns(int(began * 1e9)), wall_ns(int(ended * 1e9)), attributes)
+
+
 def record_route(placement: Placement, attempt: int, began: float, ended: float) -> None:
     """`began` and `ended` are on the monotonic clock, in seconds."""
     attributes: dict[str, AttributeValue] = {

@@ -30,6 +30,40 @@ def test_spans_of_a_trace_are_remembered_with_everything():
     assert [(each.key, each.value) for each in child.attributes] == [("gen_ai.usage.output_tokens", "7")]
 
 
+def test_a_span_without_a_parent_begins_a_trace(monkeypatch):
+    added = []
+    monkeypatch.setattr(tracing._memory, "add", added.append)
+    record_span("one", None, START_NS, START_NS)
+    record_span("two", None, START_NS, START_NS)
+    one, two = added
+    assert (one.name, one.parent_span_id, two.parent_span_id) == ("one", None, None)
+    assert one.trace_id != two.trace_id and one.span_id != two.span_id
+
+
+def test_what_the_caller_does_not_trace_is_not_recorded():
+    untraced = trace.SpanContext(trace_id=7, span_id=8, is_remote=True, trace_flags=trace.TraceFlags(trace.TraceFlags.DEFAULT))
+    parent = trace.set_span_in_context(trace.NonRecordingSpan(untraced))
+    record_span("x", parent, START_NS, START_NS)
+    tracer().start_span("y", context=parent).end()
+    assert recent_spans(f"{7:032x}") == []
+
+
+def test_spans_are_the_same_with_a_sink(repository, unused_tcp_port):
+    program = (
+        "import os, sys\n"
+        "if sys.argv[1:]: os.environ['OTEL_EXPORTER_OTLP_ENDPOINT'] = sys.argv[1]\n"
+        "from tandem.tracing import *\n"
+        "configure_tracing('x')\n"
+        "with tracer().start_as_current_span('root') as root: record_span('child', None, 1, 2, {'a': 1, 'b': ('c', 'd')})\n"
+        "context = root.get_span_context()\n"
+        "child, _ = recent_spans(f'{context.trace_id:032x}')\n"
+        "told = child.parent_span_id == f'{context.span_id:016x}', len(child.span_id), child.name, child.service\n"
+        "print(told, child.start_time.nanos, child.end_time.nanos, [(each.key, each.value) for each in child.attributes])\n"
+        "flush_tracing(0.1)"
+    )
+    assert run(program, repository) == run(program, repository, f"http://127.0.0.1:{unused_tcp_port}")
+
+
 def test_other_traces_are_not_mixed_in():
     with tracer().start_as_current_span("one") as root:
         one = trace.format_trace_id(root.get_span_context().trace_id)
@@ -106,7 +140,7 @@ def test_flushing_without_a_sink_returns_at_once():
     flush_tracing()
 
 
-def run(program: str, repository) -> str:
+def run(program: str, repository, *arguments: str) -> str:
     """What a fresh process prints; its whole life is bounded, so a hang at exit fails too."""
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd=repository, stdout=subprocess.PIPE, text=True, timeout=20, check=True).stdout.strip()
