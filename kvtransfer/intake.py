@@ -50,7 +50,7 @@ class Destination:
         run = slice(first, first + len(sums))
         kept[run], is_kept[run] = sums, True
         known = self._is_here[run] & self._is_told[run]
-        if known.any():
+        if np.count_nonzero(known):
             self._verify(first, known)
 
     def _verify(self, first: int, known: npt.NDArray[np.bool_]) -> None:
@@ -58,8 +58,8 @@ class Destination:
         run = slice(first, first + len(known))
         good = known & (self._found[run] == self._told[run])
         self.state.verified(first, good)
-        if (bad := known ^ good).any():
-            raise DamagedBlockError(first + int(bad.argmax()))
+        if np.count_nonzero(good) < np.count_nonzero(known):
+            raise DamagedBlockError(first + int((known ^ good).argmax()))
 
 
 class Sequencer:
