@@ -19,7 +19,7 @@ SHORT_S = 0.2
 @asynccontextmanager
 async def connected(stall_s: float = 5.0) -> AsyncIterator[tuple[Connection, socket.socket]]:
     """A connection, and the bare socket at its other end."""
-    ours, theirs = _tcp_pair()
+    ours, theirs = tcp_pair()
     connection = Connection(ours, stall_s)
     try:
         yield connection, theirs
@@ -28,7 +28,7 @@ async def connected(stall_s: float = 5.0) -> AsyncIterator[tuple[Connection, soc
         theirs.close()
 
 
-def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
