@@ -28,6 +28,7 @@ class Told:
     """A ticket's outbox, the task that tells of it, and the consumer's connection."""
 
     outbox: Outbox
+    telling: Telling
     running: "asyncio.Task[None]"
     consumer: Connection
 
@@ -57,10 +58,11 @@ async def telling(*, room_bytes: int = 0) -> AsyncIterator[Told]:
     producer, consumer = Connection(ours, 5.0), Connection(theirs, 5.0)
     outbox = Outbox(Entry(TICKET, 1, tuple(range(NUM_BLOCKS))))
     with outbox.reading(0) as reading:
-        running = asyncio.create_task(Telling(producer, TICKET, 8, reading, None).run())
+        teller = Telling(producer, TICKET, 8, reading, None)
+        running = asyncio.create_task(teller.run())
         await asyncio.sleep(0)
         try:
-            yield Told(outbox, running, consumer)
+            yield Told(outbox, teller, running, consumer)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -131,6 +133,17 @@ async def test_a_sign_of_life_holds_no_news(monkeypatch: pytest.MonkeyPatch) -> 
         at.ready(2)
         while not (message := await at.hear()).num_blocks:
             pass
+        assert (message.first_block_index, message.num_blocks) == (1, 1)
+
+
+async def test_news_that_comes_as_a_sign_of_life_is_due_is_told_once() -> None:
+    async with telling() as at:
+        assert at.telling._waiting is not None
+        kv_server._run_out(at.telling._waiting)
+        at.ready(1)
+        assert (await at.hear()).num_blocks == 1
+        at.ready(2)
+        message = await at.hear()
         assert (message.first_block_index, message.num_blocks) == (1, 1)
 
 
