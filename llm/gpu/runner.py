@@ -41,7 +41,7 @@ class GpuModelRunner(ModelRunner):
         self.device = torch.device(settings.device)
         self._stream = _make_stream(self.device)
         self._gpu = gpu
-        self._many_rows = Model(config, tensors, operations)
+        self._model: Model = Model(config, tensors, operations)
         self._few_rows = FewRowsModel(config, tensors, operations)
         max_rows = max(gpu.max_batch, gpu.max_rows)
         self._argmax = Argmax(max_rows, config.vocab_size, self.device)
@@ -196,7 +196,7 @@ class GpuModelRunner(ModelRunner):
         """`filled` is called by steps of prompts alone: others' K and V are nobody's business, and short ones are over soon."""
         if self._is_few(batch):
             return self._few_rows.forward(batch, self._pool_tensor())
-        return self._many_rows.forward(batch, self._pool_tensor(), (lambda: None) if self._gpu.max_batch else filled)
+        return self._model.forward(batch, self._pool_tensor(), (lambda: None) if self._gpu.max_batch else filled)
 
     def _is_few(self, batch: DeviceBatch) -> bool:
         rows = batch.tensors["positions"].shape[0]

@@ -132,6 +132,14 @@ def test_decode_steps_turn_write_and_attend_in_one_launch(config, tensors, refer
         assert relative_error(runner.forward(slices), reference.forward(slices)) < 1e-4
 
 
+@pytest.mark.parametrize("config", ["llama"], indirect=True)
+def test_layers_of_a_long_step_are_reported(config, tensors, device):
+    runner, layers = make_runner(config, tensors, device, paged.PagedAttention()), []
+    runner.report_layers(lambda: layers.append(1))
+    runner.forward([SequenceSlice(list(range(70)), 0, [5, 2, 0, 7, 1], "none")])
+    assert len(layers) == config.num_layers
+
+
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
 def test_no_rows_wanted_gives_no_rows(config, tensors, device):
     runner = make_runner(config, tensors, device, paged.PagedAttention())
