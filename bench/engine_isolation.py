@@ -80,7 +80,7 @@ class FakeDevice:
     def forward(self, slices: Sequence[Any]) -> Any:
         raise AssertionError("all rows are drawn on the device")
 
-    def start_step(self, slices: Sequence[Any], sources: Sequence[int], rows: Sequence[Any]) -> FakeStep:
+    def start_step(self, slices: Sequence[Any], sources: Sequence[int], rows: Sequence[Any], after: Sequence[Any] = ()) -> FakeStep:
         until = time.thread_time() + self._host_s
         while time.thread_time() < until:
             pass
@@ -110,7 +110,7 @@ class Pulls:
     def check(self, ticket: Any) -> None:
         """Every ticket will do."""
 
-    async def pull(self, ticket: Any, block_ids: Sequence[int]) -> PullResult:
+    async def pull(self, ticket: Any, block_ids: Sequence[int], recipient: Any) -> PullResult:
         await self._all_here.wait()
         return PullResult(first_token_id=3, transport="tcp", num_bytes=0, pull_us=0, num_refetched=0)
 

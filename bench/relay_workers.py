@@ -53,7 +53,9 @@ class PacedRunner:
     def forward(self, slices: Sequence[Any]) -> Any:
         raise AssertionError("all rows are drawn on the device")
 
-    def start_step(self, slices: Sequence[Any], sources: Sequence[int], rows: Sequence[Any]) -> "_PacedStep":
+    def start_step(
+        self, slices: Sequence[Any], sources: Sequence[int], rows: Sequence[Any], after: Sequence[Any] = ()
+    ) -> "_PacedStep":
         self._free_at = max(self._free_at, time.perf_counter()) + self._step_s + self._row_s * len(rows)
         return _PacedStep(self._free_at, len(rows), self.ends_ns)
 

@@ -16,9 +16,14 @@ class Stage(Enum):
     """Where a sequence stands."""
 
     PULLING = "pulling"  # has its blocks; their KV is on the way
+    ARRIVING = "arriving"  # the same, but the device orders a step behind the copies; nobody has verified them yet
     ACTIVE = "active"  # its KV is here but for the newest token, or is being computed again
     PREEMPTED = "preempted"  # gave its blocks up to older sequences; waits to get some again
     CLOSED = "closed"
+
+
+_PULLED_INTO = (Stage.PULLING, Stage.ARRIVING)
+"""A pull writes to the sequence's blocks, or may do so again: they stay its own."""
 
 
 @dataclass(eq=False)
@@ -87,7 +92,8 @@ class DecodeBatcher:
 
     When blocks run out, the youngest active sequence gives all of its blocks up and is computed again later. New reservations leave
     untouched what preempted sequences need to return, so that these come first. A sequence closed in the middle of a step keeps its
-    blocks until `complete`. Nobody gives way while a step is in flight, since blocks that it writes to cannot be had.
+    blocks until `complete`. Nobody gives way while a step is in flight, since blocks that it writes to cannot be had, nor while its
+    own are pulled into.
 
     No step touches a sequence's blocks one by one: with long sequences that would take longer than the model. Not thread-safe: the
     engine's lock guards it.
@@ -129,13 +135,40 @@ class DecodeBatcher:
 
     def activate(self, sequence: SequenceState, num_pulled_tokens: int) -> None:
         """The sequence's KV has arrived for its first `num_pulled_tokens` tokens."""
+        self.expect(sequence, num_pulled_tokens)
+        self.verified(sequence)
+
+    def expect(self, sequence: SequenceState, num_pulled_tokens: int) -> None:
+        """The same KV will be here before the device begins the next step, but is not verified. Until it is, the sequence takes
+        part in one step."""
         assert sequence.stage is Stage.PULLING, sequence.stage
         sequence.num_scheduled_tokens = num_pulled_tokens
+        sequence.stage = Stage.ARRIVING
+
+    def verified(self, sequence: SequenceState) -> None:
+        """What was expected is here, and good."""
+        assert sequence.stage is Stage.ARRIVING, sequence.stage
         sequence.stage = Stage.ACTIVE
+
+    def withdraw(self, sequence: SequenceState) -> SequenceState:
+        """What was expected was not good, or did not come: another sequence pulls into the same blocks, and this one is closed.
+
+        It keeps a reference to the blocks while a step uses them, as every closed sequence does. That step reads what a new pull
+        may be writing, so what it draws is of no use. What it writes is the KV of its newest token, behind all that is pulled: the
+        first step of the other sequence comes after it on the device, and writes the same place before anything reads it.
+        """
+        assert sequence.stage is Stage.ARRIVING, sequence.stage
+        other = SequenceState(
+            sequence.token_ids[:-1], sequence.max_total_tokens, array("i", sequence.block_ids), deadline=sequence.deadline
+        )
+        self._allocator.share(other.block_ids)
+        self._sequences[other] = None
+        self.close(sequence)
+        return other
 
     def expired(self, now: float) -> list[SequenceState]:
         """Sequences whose deadline has passed, to be closed; not those whose blocks are still being written to by a pull."""
-        return [sequence for sequence in self._sequences if sequence.deadline <= now and sequence.stage is not Stage.PULLING]
+        return [sequence for sequence in self._sequences if sequence.deadline <= now and sequence.stage not in _PULLED_INTO]
 
     def schedule(self) -> list[Run]:
         """The next step's runs; `complete` must follow for each step, in order.
@@ -148,7 +181,7 @@ class DecodeBatcher:
         self._readmit()
         runs, budget, block_tokens = [], self._limits.recompute_budget, self._allocator.block_tokens
         for sequence in self._unfinished()[: self._limits.max_batch]:
-            if sequence.stage is not Stage.ACTIVE:
+            if sequence.stage is Stage.PREEMPTED:
                 continue  # gave way to an older one of this very step
             if len(sequence.block_ids) * block_tokens >= sequence.num_tokens or self._make_room(sequence):
                 runs.append(self._launch(sequence, budget))
@@ -176,8 +209,14 @@ class DecodeBatcher:
             self._release(sequence)
 
     def _unfinished(self) -> list[SequenceState]:
-        """Active sequences but those whose last token is being drawn, and those that wait for the host to draw."""
-        return [s for s in self._in_stage(Stage.ACTIVE) if not s.num_drawing or self._may_follow(s)]
+        """Active sequences but those whose last token is being drawn, and those that wait for the host to draw; arriving ones that
+        have not had their step."""
+        return [
+            s
+            for s in self._sequences
+            if (s.stage is Stage.ACTIVE and (not s.num_drawing or self._may_follow(s)))
+            or (s.stage is Stage.ARRIVING and s.num_scheduled_tokens < len(s.token_ids))
+        ]
 
     def _may_follow(self, sequence: SequenceState) -> bool:
         return not sequence.host_draws and sequence.num_tokens < sequence.max_total_tokens
@@ -236,7 +275,7 @@ class DecodeBatcher:
 
     @property
     def num_pulling(self) -> int:
-        return len(self._in_stage(Stage.PULLING))
+        return sum(sequence.stage in _PULLED_INTO for sequence in self._sequences)
 
     @property
     def num_waiting(self) -> int:

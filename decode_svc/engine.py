@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decode_svc.batcher import DecodeBatcher, Run, SequenceState, Stage
 from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Failed
 from llm.kv.allocator import BlockAllocator
+from llm.kv.copying import Event
 from llm.runner import ModelRunner, SequenceSlice
 from llm.sampling import SampledToken, SampleRow
 from llm.steps import StepResult, steps_of
@@ -49,9 +50,12 @@ class DecodeEngine:
     Where the device draws tokens by itself a step is launched before the tokens of the one before it are known. An end that is
     found so late costs a superfluous step of that sequence, whose token is thrown away. A sequence whose tokens only the host can
     draw takes part in every second step.
+    There a sequence may also take part in a step whose beginning the device puts off until the sequence's KV is copied, before that
+    is verified (`expect`). What the step draws is kept until it is (`activate`), or thrown away (`withdraw`).
     `on_change` is called, on whatever thread, when a request has come, begun or gone; not at each step: that is a message for
     every few tokens of a single sequence. `on_failure` is called once, on the engine's own thread.
-    `reserve`, `activate` and `close` may be called from any thread and return at once; events arrive at the job's outlet.
+    `reserve`, `expect`, `withdraw`, `activate` and `close` may be called from any thread and return at once; events arrive at the
+    job's outlet.
     """
 
     def __init__(
@@ -100,14 +104,43 @@ class DecodeEngine:
         self._on_change()
         return block_ids
 
+    def expect(self, job: DecodeJob, first_token_id: int, after: Sequence[Event]) -> None:
+        """The KV of the job's tokens will have arrived when the device has passed `after`, but is not verified. May be repeated.
+
+        What only the host can draw is not drawn from KV that may be damaged: there, what is no number is an error of the engine.
+        """
+        with self._lock:
+            sequence, num_completion_tokens = job.sequence, job.num_completion_tokens + 1
+            if not self._steps.ahead or sequence.stage is not Stage.PULLING:
+                return
+            if job.stop_rule.ends_at(first_token_id, num_completion_tokens) is not None:
+                return
+            if not job.sample_row(sequence.num_tokens + 1).fits_device:
+                return
+            self._batcher.expect(sequence, sequence.num_tokens)
+            job.append(first_token_id)
+            job.after = after
+        self._thread.wake()
+
+    def withdraw(self, job: DecodeJob) -> None:
+        """The job's blocks will be written again: what was drawn from them, or is being drawn, is thrown away. Idempotent."""
+        with self._lock:
+            if job.sequence.stage is Stage.ARRIVING:
+                del self._jobs[job.sequence]
+                job.start_over(self._batcher.withdraw(job.sequence))
+                self._jobs[job.sequence] = job
+
     def activate(self, job: DecodeJob, first_token_id: int) -> None:
-        """The KV of the job's tokens has arrived, and the first token of its completion is known."""
+        """The KV of the job's tokens has arrived and is verified, and the first token of its completion is known."""
         job.ready_ns = time.monotonic_ns()
         with self._lock:
-            self._batcher.activate(job.sequence, job.sequence.num_tokens)
-            reason = job.append(first_token_id)
-            if reason is not None:
-                self._courier.send(self._end(job, reason))
+            if job.sequence.stage is Stage.ARRIVING:
+                self._batcher.verified(job.sequence)
+                self._courier.send(() if job.held is None else self._append(job, job.held))
+            else:
+                self._batcher.activate(job.sequence, job.sequence.num_tokens)
+                reason = job.append(first_token_id)
+                self._courier.send(() if reason is None else self._end(job, reason))
         self._wake()
 
     def close(self, job: DecodeJob) -> None:
@@ -130,11 +163,11 @@ class DecodeEngine:
         """Launches a step and takes in those before it; False if there was nothing to do."""
         self._pacer.pause()
         began = self._pacer.now()
-        work = self._schedule()
+        work, after = self._schedule()
         if not work and not self._flights:
             return False
         if work:
-            self._launch(work, began)
+            self._launch(work, after, began)
         self._land(keep=int(bool(work) and self._steps.ahead))
         return True
 
@@ -149,16 +182,18 @@ class DecodeEngine:
             self._batcher.close(job.sequence)
         self._courier.send([(job.outlet, _LATE) for job in late])
 
-    def _schedule(self) -> Work:
+    def _schedule(self) -> tuple[Work, list[Event]]:
+        """The next step's work, and what the device must have passed before it."""
         with self._lock:
             self._expire()
             work = [(run, self._jobs[run.sequence]) for run in self._batcher.schedule()]
+            after = [event for run, job in work if run.sequence.stage is Stage.ARRIVING for event in job.after]
         now = time.monotonic_ns()
         for _, job in work:
             job.started_ns = job.started_ns or now
-        return work
+        return work, after
 
-    def _launch(self, work: Work, began: float) -> None:
+    def _launch(self, work: Work, after: Sequence[Event], began: float) -> None:
         """Begins a step that draws a token for each run that reaches the newest one, in order."""
         started, rows = self._speed.start(), _rows_of(work)
         row_of = self._flights[-1].row_of if self._flights else {}
@@ -166,7 +201,7 @@ class DecodeEngine:
         for run, _ in work:
             slices.append(_slice_of(run))
             sources.append(row_of.get(run.sequence, -1) if run.follows else -1)  # none follows a cancelled sequence
-        result = self._steps.launch(slices, sources, rows)
+        result = self._steps.launch(slices, sources, rows, after)
         drawing = (run.sequence for run, _ in work if run.draws)
         self._flights.append(_Flight(work, result, {sequence: row for row, sequence in enumerate(drawing)}, started))
         self._pacer.launched(began, 1)
@@ -182,16 +217,22 @@ class DecodeEngine:
 
     def _publish(self, work: Work, tokens: Sequence[SampledToken]) -> None:
         """Appends the tokens and sends them off; the oldest work of a step comes first."""
-        drawing = [job for run, job in work if run.draws]
+        drawing = [(run.sequence, job) for run, job in work if run.draws]
         deliveries: list[tuple[Outlet[DecodeEvent], DecodeEvent]] = []
         with self._lock:
             self._batcher.complete([run for run, _ in work])
-            for job, token in zip(drawing, tokens, strict=True):
-                if job.sequence.stage is Stage.ACTIVE:
-                    deliveries.append((job.outlet, Drawn(job.num_completion_tokens, token)))
-                    reason = job.append(token.token_id)
-                    deliveries += () if reason is None else self._end(job, reason)
+            for (sequence, job), token in zip(drawing, tokens, strict=True):
+                if sequence.stage is Stage.ACTIVE:
+                    deliveries += self._append(job, token)
+                elif sequence.stage is Stage.ARRIVING:
+                    job.held = token
             self._courier.send(deliveries)
+
+    def _append(self, job: DecodeJob, token: SampledToken) -> list[tuple[Outlet[DecodeEvent], DecodeEvent]]:
+        """Lock held. Gives a token to the completion; what is to be told of it."""
+        drawn = Drawn(job.num_completion_tokens, token)
+        reason = job.append(token.token_id)
+        return [(job.outlet, drawn), *(() if reason is None else self._end(job, reason))]
 
     def _end(self, job: DecodeJob, reason: EndReason) -> list[tuple[Outlet[DecodeEvent], DecodeEvent]]:
         """Lock held. Frees the blocks at once, without waiting for the stream to be read."""

@@ -1,10 +1,12 @@
 """A completion in the engine: what is asked, and what is told of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
 from decode_svc.batcher import SequenceState
+from llm.kv.copying import Event
 from llm.sampling import SampledToken, SampleRow
 from llm.sampling_params import SamplingParams
 from tandem.engine_thread import Mailbox, Outlet
@@ -74,6 +76,10 @@ class DecodeJob:
     ready_ns: int = 0
     started_ns: int = 0
     ended_ns: int = 0
+    after: Sequence[Event] = ()
+    """What brings the KV of a sequence that is arriving."""
+    held: SampledToken | None = None
+    """What a step drew for such a sequence: nobody's before the KV is verified."""
     outlet: Outlet[DecodeEvent] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +99,11 @@ class DecodeJob:
     def _free_row(self) -> SampleRow:
         """Any token may be drawn. Made once; the tokens that it knows grow with the sequence's."""
         return SampleRow(self.sampling, self.sequence.token_ids, self.num_prompt_tokens, num_logprobs=self.num_logprobs)
+
+    def start_over(self, sequence: SequenceState) -> None:
+        """Forgets what was drawn from KV that was not good."""
+        self.sequence, self.after, self.held, self.started_ns = sequence, (), None, 0
+        vars(self).pop("_free_row", None)  # it knows the other sequence's tokens
 
     def append(self, token_id: int) -> EndReason | None:
         """Adds a token to the completion and says whether that ends it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from llm.batch import SequenceSlice
+from llm.kv.copying import Event
 from llm.sampling import SampledToken, SampleRow, sample
 
 if TYPE_CHECKING:
@@ -30,11 +31,14 @@ class Steps(Protocol):
     """How a runner's steps are launched."""
 
     ahead: bool
-    """Whether a step may be launched before the step before it is complete."""
+    """Whether a step may be launched before the step before it is complete, and before copies that it needs are."""
 
-    def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
+    def launch(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event] = ()
+    ) -> StepResult:
         """`rows` say how to draw from each slice whose logits are "last", in order. Where sources[i] is not -1, slice i's one token
-        is what that row of the step before drew; that row must have been one that fits the device."""
+        is what that row of the step before drew; that row must have been one that fits the device. The step begins when `after`
+        are passed, and nobody waits for that."""
         ...
 
 
@@ -61,7 +65,9 @@ class ForwardRunner(Protocol):
 class StartingRunner(Protocol):
     """What is used of llm.gpu.runner.GpuModelRunner beside that."""
 
-    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep: ...
+    def start_step(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event]
+    ) -> DrawnStep: ...
 
 
 class HostSteps:
@@ -72,7 +78,10 @@ class HostSteps:
     def __init__(self, runner: ForwardRunner) -> None:
         self._runner = runner
 
-    def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
+    def launch(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event] = ()
+    ) -> StepResult:
+        assert not after, "nothing is put off here"
         logits = self._runner.forward(slices)
         return Complete(sample(logits, rows) if rows else [])
 
@@ -85,8 +94,10 @@ class DeviceSteps:
     def __init__(self, runner: StartingRunner) -> None:
         self._runner = runner
 
-    def launch(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> StepResult:
-        return _OnDevice(self._runner.start_step(slices, sources, rows), rows)
+    def launch(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event] = ()
+    ) -> StepResult:
+        return _OnDevice(self._runner.start_step(slices, sources, rows, after), rows)
 
 
 class _OnDevice:

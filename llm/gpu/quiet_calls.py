@@ -14,12 +14,16 @@ from functools import cache
 import torch
 
 from llm.errors import DeviceError
+from llm.kv.copying import Event
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_NOT_READY = 600
 _PARAMETERS = {
     "cuMemcpyHtoDAsync_v2": (_POINTER, _POINTER, _SIZE, _POINTER),
     "cuMemcpyDtoHAsync_v2": (_POINTER, _POINTER, _SIZE, _POINTER),
     "cuEventRecord": (_POINTER, _POINTER),
+    "cuEventQuery": (_POINTER,),
+    "cuStreamWaitEvent": (_POINTER, _POINTER, ctypes.c_uint),
     "cuGraphInstantiateWithFlags": (ctypes.POINTER(_POINTER), _POINTER, ctypes.c_ulonglong),
     "cuGraphLaunch": (_POINTER, _POINTER),
     "cuGraphExecDestroy": (_POINTER,),
@@ -39,6 +43,19 @@ def to_host(onto: torch.Tensor, source: torch.Tensor) -> None:
 def record(event: torch.cuda.Event) -> None:
     """On the current stream. The event must have been recorded by torch before, for that makes it."""
     _call("cuEventRecord", event.cuda_event, _stream())
+
+
+def wait_for(event: Event) -> None:
+    """Has the current stream wait for what was last recorded."""
+    _call("cuStreamWaitEvent", _stream(), event.cuda_event, 0)
+
+
+def passed(event: Event) -> bool:
+    """Whether the device has come to what was last recorded."""
+    status = _function("cuEventQuery")(event.cuda_event)
+    if status not in (0, _NOT_READY):
+        raise _refused("cuEventQuery", status)
+    return status == 0  # type: ignore[no-any-return]
 
 
 class QuietGraph:
@@ -64,7 +81,11 @@ def _stream() -> int:
 def _call(name: str, *arguments: object) -> None:
     status = _function(name)(*arguments)
     if status:
-        raise DeviceError(f"the GPU's driver refused {name} with status {status}; its log may say why, and the worker must restart")
+        raise _refused(name, status)
+
+
+def _refused(name: str, status: int) -> DeviceError:
+    return DeviceError(f"the GPU's driver refused {name} with status {status}; its log may say why, and the worker must restart")
 
 
 @cache

@@ -12,12 +12,14 @@ import torch
 from llm.batch import Integers, SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
+from llm.gpu import quiet_calls
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, upload
 from llm.gpu.draw_graphs import DrawGraphs
 from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, StepMemories, StepMemory, draw_rows
 from llm.gpu.step_graphs import GraphInputs, GraphSize, StepGraphs, bucket_sizes, decode_size, prompt_size, prompt_sizes
+from llm.kv.copying import Event
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
 from llm.ops.gpu.operations import GpuOperations
@@ -117,14 +119,18 @@ class GpuModelRunner(ModelRunner):
         return logits[: sum(item.logits == "last" for item in slices)]
 
     @torch.inference_mode()
-    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> DrawnStep:
+    def start_step(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event] = ()
+    ) -> DrawnStep:
         """Launches a step and returns at once; `rows` say how the next tokens of the slices that ask for logits are drawn.
 
         Where sources[i] is not -1, slice i's one token is that which row sources[i] of the step before drew, whatever the slice
         says; so a step may be launched before the one before it has ended. Rows that do not fit the device are left to the caller,
-        who gets their logits; what is drawn of them here is of no use.
+        who gets their logits; what is drawn of them here is of no use. The step begins when the device has passed `after`.
         """
         assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
+        for event in after:
+            quiet_calls.wait_for(event)
         memory, arrays = self._memories.take(), self._captured(slices, sources)
         positions = [item.start + len(item.token_ids) for item in slices if item.logits == "last"]
         if arrays is not None and self._graphs is not None:

@@ -1,11 +1,12 @@
 """The fake model on a fake device that does what it was told as late as it can: when somebody waits for it."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from llm.kv.copying import Event
 from llm.runner import SequenceSlice
 from llm.sampling import SampleRow, sample
 from llm.sampling_params import SamplingParams
@@ -22,6 +23,7 @@ class FakeDrawnStep:
     slices: list[SequenceSlice]
     sources: list[int]
     rows: list[SampleRow]
+    after: list[Event]
     drawn: list[int] | None = None
     logits: torch.Tensor | None = None
 
@@ -42,7 +44,10 @@ class DeviceRunner(FakeRunner):
     """Stands for llm.gpu.runner.GpuModelRunner. Steps run in order, each when it or a later one is waited for.
 
     So a step writes to its blocks as late as a slow device would: if they have been given away by then, somebody's KV is damaged.
+    A step that comes after copies waits for these, which `wait_for` stands for.
     """
+
+    wait_for: Callable[[Event], None] = staticmethod(lambda event: None)
 
     def __init__(self, *args: object, **named: object) -> None:
         super().__init__(*args, **named)  # type: ignore[arg-type]
@@ -56,10 +61,12 @@ class DeviceRunner(FakeRunner):
             self.run_until(self._queue[-1])
         return super().forward(slices)
 
-    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow]) -> FakeDrawnStep:
+    def start_step(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[SampleRow], after: Sequence[Event] = ()
+    ) -> FakeDrawnStep:
         assert len(rows) == sum(piece.logits == "last" for piece in slices)
         kept = [replace(piece, token_ids=list(piece.token_ids), block_ids=list(piece.block_ids)) for piece in slices]
-        step = FakeDrawnStep(self, kept, list(sources), list(rows))
+        step = FakeDrawnStep(self, kept, list(sources), list(rows), list(after))
         self._queue.append(step)
         self.most_in_flight = max(self.most_in_flight, len(self._queue))
         return step
@@ -79,6 +86,8 @@ class DeviceRunner(FakeRunner):
     def _fill(self, step: FakeDrawnStep) -> None:
         if step.logits is not None:
             return
+        for event in step.after:
+            self.wait_for(event)
         assert all(source < 0 or source in self._on_device for source in step.sources), "follows what the host draws"
         known = [
             piece if source < 0 else replace(piece, token_ids=[self._drawn[source]])

@@ -208,7 +208,9 @@ class DeviceRunner(StampedRunner):
     _failure: RuntimeError | None = None
     """A device that has failed does nothing more."""
 
-    def start_step(self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[Any]) -> DeviceStep:
+    def start_step(
+        self, slices: Sequence[SequenceSlice], sources: Sequence[int], rows: Sequence[Any], after: Sequence[Any] = ()
+    ) -> DeviceStep:
         loop = threads.loop()
         begins_at = max(loop.time(), self._last.ends_at if self._last is not None else 0.0)
         before = self._last if any(source >= 0 for source in sources) else None

@@ -181,10 +181,69 @@ def test_nobody_gives_way_while_a_step_writes_to_the_blocks() -> None:
     assert young.stage is Stage.PREEMPTED
 
 
+def expect(batcher: DecodeBatcher, num_tokens: int, max_total: int = 24) -> SequenceState:
+    """A sequence whose prompt is being copied and whose first token is known."""
+    sequence = SequenceState([1] * num_tokens, max_total_tokens=max_total)
+    batcher.reserve(sequence)
+    batcher.expect(sequence, num_tokens)
+    sequence.token_ids.append(2)
+    return sequence
+
+
+@pytest.mark.parametrize("verified", ["in flight", "landed"])
+def test_an_arriving_sequence_takes_part_in_one_step_until_it_is_verified(verified: str) -> None:
+    batcher, _ = make()
+    other, sequence = join(batcher, 5), expect(batcher, 3)
+    first, second = batcher.schedule(), batcher.schedule()
+    assert [[run.sequence for run in runs] for runs in (first, second)] == [[other, sequence], [other]]
+    if verified == "in flight":
+        batcher.verified(sequence)
+    batcher.complete(first)
+    other.token_ids.append(3)
+    if verified == "landed":
+        assert [run.sequence for run in batcher.schedule()] == [other]
+        batcher.verified(sequence)
+    sequence.token_ids.append(3)
+    assert [(run.start, run.num_tokens) for run in batcher.schedule() if run.sequence is sequence] == [(4, 1)]
+
+
+def test_an_arriving_sequence_neither_gives_way_nor_expires() -> None:
+    batcher, _ = make(num_blocks=4)
+    old, arriving = join(batcher, 7, max_total=16), expect(batcher, 6, max_total=16)
+    arriving.deadline = 1.0
+    batcher.complete(batcher.schedule())
+    old.token_ids.append(3)
+    assert batcher.schedule() == [], "the older needs a block, and has to put itself back"
+    assert (old.stage, arriving.stage) == (Stage.PREEMPTED, Stage.ARRIVING)
+    assert batcher.expired(2.0) == [] and batcher.num_pulling == 1
+    batcher.verified(arriving)
+    assert batcher.expired(2.0) == [arriving]
+
+
+@pytest.mark.parametrize("flying", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_withdrawn_sequences_blocks_are_anothers_and_its_steps(flying: bool, closed: bool) -> None:
+    batcher, allocator = make()
+    sequence = expect(batcher, 6)
+    blocks, runs = list(sequence.block_ids), batcher.schedule() if flying else []
+    other = batcher.withdraw(sequence)
+    assert (sequence.stage, other.stage) == (Stage.CLOSED, Stage.PULLING)
+    assert (list(other.block_ids), other.token_ids) == (blocks, [1] * 6)
+    if flying:
+        assert list(sequence.block_ids) == blocks, "the step has yet to be launched"
+    if closed:
+        batcher.close(other)
+        assert (allocator.num_free == allocator.num_blocks) == (not flying)
+    batcher.complete(runs)
+    assert allocator.num_free == allocator.num_blocks - (0 if closed else 2)
+    allocator.check_integrity()
+
+
 class DecodeBatcherMachine(RuleBasedStateMachine):
     """Any order of arrivals, steps and cancels conserves blocks, never starves and never loses a token.
 
-    Up to two steps are in flight, and a block that one of them uses belongs to nobody else.
+    Up to two steps are in flight, and a block that one of them uses belongs to nobody else. Some take part in a step before their
+    KV is verified, and some of those are withdrawn.
     """
 
     def __init__(self) -> None:
@@ -192,6 +251,7 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         self.batcher, self.allocator = make(num_blocks=8, max_batch=3, max_sequences=6, recompute_budget=5)
         self.sequences: list[SequenceState] = []
         self.flights: list[tuple[list[Run], list[int]]] = []
+        self.held: set[SequenceState] = set()
 
     @rule(num_tokens=st.integers(1, 12), more=st.integers(1, 24))
     def arrive(self, num_tokens: int, more: int) -> None:
@@ -209,6 +269,27 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         self.batcher.activate(sequence, sequence.num_tokens)
         sequence.token_ids.append(2)
 
+    @precondition(lambda self: any(s.stage is Stage.PULLING and s.num_tokens + 1 < s.max_total_tokens for s in self.sequences))
+    @rule()
+    def coming(self) -> None:
+        sequence = next(s for s in self.sequences if s.stage is Stage.PULLING and s.num_tokens + 1 < s.max_total_tokens)
+        self.batcher.expect(sequence, sequence.num_tokens)
+        sequence.token_ids.append(2)
+
+    @precondition(lambda self: any(s.stage is Stage.ARRIVING for s in self.sequences))
+    @rule(good=st.booleans())
+    def known(self, good: bool) -> None:
+        sequence = next(s for s in self.sequences if s.stage is Stage.ARRIVING)
+        num_steps = (sequence in self.held) + sequence.num_flights
+        assert num_steps <= 1, "more than one step of what nobody has verified"
+        if good:
+            self.batcher.verified(sequence)
+            sequence.token_ids.extend([3] * (sequence in self.held))
+        else:
+            self.sequences[self.sequences.index(sequence)] = other = self.batcher.withdraw(sequence)
+            assert other.token_ids == sequence.token_ids[:-1]
+        self.held.discard(sequence)
+
     @precondition(lambda self: len(self.flights) < 2)
     @rule()
     def begin_step(self) -> None:
@@ -217,7 +298,8 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         for run in runs:
             assert len(run.sequence.block_ids) * BLOCK_TOKENS >= run.start + run.num_tokens
             assert run.sequence.num_tokens <= run.sequence.max_total_tokens + 1
-        active = [s for s in self.sequences if s.stage is Stage.ACTIVE]
+        new = [s for s in self.sequences if s.stage is Stage.ARRIVING and s not in self.held]
+        active = [s for s in self.sequences if s.stage is Stage.ACTIVE] + new
         assert self.flights or bool(runs) == bool(active), "an active sequence, and nothing to do"
         if runs:
             self.flights.append((runs, [block for run in runs for block in run.sequence.block_ids]))
@@ -233,6 +315,8 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
                 sequence.token_ids.append(3)
                 if len(sequence.token_ids) >= sequence.max_total_tokens:
                     self.close(sequence)
+            elif sequence.stage is Stage.ARRIVING:
+                self.held.add(sequence)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -248,7 +332,7 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         self.allocator.check_integrity()
         for _, blocks in self.flights:
-            assert all(self.allocator._references[block] == 1 for block in blocks), "a step in flight uses a free block"
+            assert all(self.allocator._references[block] >= 1 for block in blocks), "a step in flight uses a free block"
         owned = [block for sequence in self.sequences for block in sequence.block_ids]
         owned += {block for _, blocks in self.flights for block in blocks} - set(owned)
         assert len(owned) == len(set(owned)) <= 8 - self.allocator.num_free
@@ -257,6 +341,8 @@ class DecodeBatcherMachine(RuleBasedStateMachine):
         """Everybody's KV arrives, nobody else comes: everyone must finish, in a bounded number of steps."""
         while self.flights:
             self.end_step()
+        while any(s.stage is Stage.ARRIVING for s in self.sequences):
+            self.known(good=True)
         while any(s.stage is Stage.PULLING for s in self.sequences):
             self.pulled()
         for sequence in list(self.sequences):
