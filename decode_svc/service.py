@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from decode_svc.job import DecodeEvent, DecodeJob, Drawn, Ended, EndReason, Fail
 from kvtransfer.puller import KvPuller, PullResult
 from kvtransfer.ticket import KvTicket
 from kvtransfer.wire import TRANSPORT_NUMBERS, ticket_from_proto
+from llm.kv.copying import Event
 from llm.sampling_params import SamplingParams
 from tandem.api.v1 import generation_pb2
 from tandem.attempts import Attempts
@@ -60,7 +62,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             block_ids = self._engine.reserve(job)
             try:
                 run = _DecodeRun(request, context, job)
-                result = await self._pull(run, ticket, block_ids)
+                result = await self._pull(run, ticket, block_ids, _Arrival(self._engine, job, self._limits.vocabulary_size))
                 self._engine.activate(job, result.first_token_id)
                 await run.serve(result)
             finally:
@@ -88,12 +90,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Waits for releases under way."""
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _pull(self, run: "_DecodeRun", ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
+    async def _pull(self, run: "_DecodeRun", ticket: KvTicket, block_ids: Sequence[int], arrival: "_Arrival") -> PullResult:
         """Whoever cancels this has no more use for the ticket either. After an error the producer or the lease ends it."""
         try:
             await run.write(reserved=decode_pb2.Reserved())
             run.pull_began_ns = time.monotonic_ns()
-            result = await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)])
+            result = await self._puller.pull(ticket, block_ids[: len(ticket.block_ids)], arrival)
         except TandemError:
             raise
         except MemoryError as error:
@@ -111,6 +113,22 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         task = asyncio.create_task(_forgiving(self._puller.release(ticket)))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """What the puller says of a job's blocks, for the engine."""
+
+    engine: DecodeEngine
+    job: DecodeJob
+    vocabulary_size: int
+
+    def coming(self, first_token_id: int, after: Sequence[Event]) -> None:
+        if first_token_id < self.vocabulary_size:
+            self.engine.expect(self.job, first_token_id, after)
+
+    def withdrawn(self) -> None:
+        self.engine.withdraw(self.job)
 
 
 class _DecodeRun:
@@ -156,7 +174,7 @@ class _DecodeRun:
 
     async def _finish(self, reason: EndReason) -> None:
         job = self._job
-        started_ns = job.started_ns or job.ended_ns
+        started_ns = max(job.started_ns or job.ended_ns, job.ready_ns)  # a step of it may have begun before it was ready
         self._trace_run(started_ns)
         await self.write(
             finished=decode_pb2.DecodeFinished(

@@ -9,17 +9,18 @@ from contextlib import contextmanager
 import torch
 
 from llm.kv.block_arrays import BlockIds, Sums
-from llm.kv.device_lane import MAX_BLOCKS, Lane
+from llm.kv.copying import Copying
+from llm.kv.device_lane import MAX_BLOCKS, Fetch, Lane
 from llm.kv.pool import KvPool, blocks_in
 
 WARM_UP_S = 60.0
 
 HERE_BYTES = 128 << 20
-"""Most that the event loop waits for: half a millisecond between two GPUs that are linked. Waking a thread and hearing from it
-takes as long."""
+"""Most that the event loop waits for, or begins and looks after: half a millisecond between two GPUs that are linked. Waking a
+thread and hearing from it takes as long."""
 
 SLOW_S, AWAY_S = 0.002, 0.25
-"""Such a wait that took longer says that the GPU is busy with other processes, or far. For so long threads wait then."""
+"""What took longer says that the GPU is busy with other processes, or far. For so long threads have the work then."""
 
 
 class DeviceBlocks:
@@ -55,10 +56,10 @@ class DeviceBlocks:
 
     @property
     def num_here(self) -> int:
-        """None while kernels are compiled, or the GPU was slow a moment ago."""
+        """None while kernels are compiled, or the GPU was slow a moment ago, or as many fetches as can be are under way."""
         if self._warming and all(job.done() for job in self._warming):
             self._warming = ()
-        if self._warming or self._clock() < self._away_until:
+        if self._warming or self._clock() < self._away_until or not self._lane.num_free:
             return 0
         return self._most_here
 
@@ -74,6 +75,10 @@ class DeviceBlocks:
         """Copies blocks of another pool; the checksums of what came, as it was stored."""
         with self._timed():
             return self._lane.fetch(source, source_ids, block_ids)
+
+    def begin_fetch(self, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> Copying:
+        """The same, but only begun, on the event loop, for as many as `num_here`."""
+        return _Watched(self._lane.begin_fetch(source, source_ids, block_ids), self._slow)
 
     def store(self, staged: torch.Tensor, block_ids: BlockIds) -> Sums:
         """Copies rows of `pinned` memory into blocks, one a block; the checksums of what then lies in them."""
@@ -104,9 +109,11 @@ class DeviceBlocks:
         """Watches how long the event loop waits."""
         began = self._clock()
         yield
-        now = self._clock()
-        if threading.get_ident() == self._home and now - began > SLOW_S:
-            self._away_until = now + AWAY_S
+        if threading.get_ident() == self._home and self._clock() - began > SLOW_S:
+            self._slow()
+
+    def _slow(self) -> None:
+        self._away_until = self._clock() + AWAY_S
 
     @property
     def _lane(self) -> Lane:
@@ -114,3 +121,15 @@ class DeviceBlocks:
         if lane is None:
             lane = self._thread.lane = Lane(self._pool.tensor)
         return lane
+
+
+class _Watched:
+    """A fetch whose being waited for says that it takes long."""
+
+    def __init__(self, fetch: Fetch, slow: Callable[[], None]) -> None:
+        self.event, self.done, self.sums = fetch.event, fetch.done, fetch.sums
+        self._fetch, self._slow = fetch, slow
+
+    def wait(self) -> None:
+        self._slow()
+        self._fetch.wait()

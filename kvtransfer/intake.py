@@ -1,4 +1,4 @@
-"""Where pulled blocks arrive, and the threads that copy and verify them."""
+"""How pulled blocks arrive: the frames that tell of them, and the threads, or the device, that copy them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -6,60 +6,24 @@ from concurrent.futures import Executor, Future
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
 from kvtransfer.blocks import Blocks, shares
+from kvtransfer.destination import Destination
 from kvtransfer.frames import NewsFrame
-from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
+from kvtransfer.pull_state import InterruptedPullError
 from kvtransfer.ticket import KvTicket
-from llm.kv.block_arrays import BlockIds, Sums
+from llm.kv.block_arrays import Sums
+from llm.kv.copying import Copying, Event
 
 Arrival = Callable[[int, int], Sums]
 """Puts the ticket's blocks from the first index up to the second in place, on a thread, and returns the checksums of what then lies
 there."""
 
+Begin = Callable[[int, int], Copying]
+"""Has a device begin the same."""
 
-class Destination:
-    """The blocks of the own pool that one ticket is pulled into; `state` knows which of them hold verified content.
-
-    A block is verified when it is in place and its checksum was told, whatever comes first. On the event loop.
-    """
-
-    def __init__(self, block_ids: Sequence[int], state: PullState) -> None:
-        self.block_ids: BlockIds = np.asarray(block_ids, np.int32)
-        self.state = state
-        self._found, self._told = (np.zeros(len(block_ids), np.uint64) for _ in range(2))
-        self._is_here, self._is_told = (np.zeros(len(block_ids), np.bool_) for _ in range(2))
-
-    def begin_attempt(self) -> None:
-        """What is not verified comes again."""
-        self.state.begin_attempt()
-        for known in (self._is_here, self._is_told):
-            known[self.state.num_verified :] = False
-
-    def arrived(self, first: int, found: Sums) -> None:
-        """Blocks are in place. Raises DamagedBlockError."""
-        self._note(first, found, self._found, self._is_here)
-
-    def told(self, first: int, checksums: Sequence[int]) -> None:
-        """Checksums are known. Raises DamagedBlockError."""
-        self._note(first, np.array(checksums, np.uint64), self._told, self._is_told)
-
-    def _note(self, first: int, sums: Sums, kept: Sums, is_kept: npt.NDArray[np.bool_]) -> None:
-        run = slice(first, first + len(sums))
-        kept[run], is_kept[run] = sums, True
-        known = self._is_here[run] & self._is_told[run]
-        if np.count_nonzero(known):
-            self._verify(first, known)
-
-    def _verify(self, first: int, known: npt.NDArray[np.bool_]) -> None:
-        """`known`: of which blocks from `first` on both are."""
-        run = slice(first, first + len(known))
-        good = known & (self._found[run] == self._told[run])
-        self.state.verified(first, good)
-        if np.count_nonzero(good) < np.count_nonzero(known):
-            raise DamagedBlockError(first + int((known ^ good).argmax()))
+LOOKS_S = 0.002
+"""How long the event loop looks again and again whether a device is done, between all else that it does: a thread that waits is
+heard of later."""
 
 
 class Sequencer:
@@ -75,7 +39,12 @@ class Sequencer:
     @property
     def complete(self) -> bool:
         """Whether everything was told."""
-        return self.first_token_id is not None and self.next_block == self.next_checksum == self._num_blocks
+        return self.coming_token is not None and self.next_checksum == self._num_blocks
+
+    @property
+    def coming_token(self) -> int | None:
+        """The first token once all blocks were told, too."""
+        return self.first_token_id if self.next_block == self._num_blocks else None
 
     def accept(self, frame: NewsFrame) -> NewsFrame:
         """What of the frame is new. Raises InterruptedPullError."""
@@ -108,11 +77,11 @@ class Sequencer:
 
 
 class Crew:
-    """Threads at work on one destination, as a context. On the event loop but for the work itself.
+    """Threads and a device at work on one destination, as a context. On the event loop but for the work itself.
 
-    The context is left, in whatever way, only when no thread is at the destination's memory any more, so that its owner may reuse
-    the blocks at once. Being cancelled makes the threads stop at the next turn (well under a millisecond) but is not hurried by
-    further cancels.
+    The context is left, in whatever way, only when none of them is at the destination's memory any more, so that its owner may
+    reuse the blocks at once. Being cancelled makes the threads stop at the next turn (well under a millisecond) but is not hurried
+    by further cancels.
     """
 
     def __init__(self, destination: Destination, threads: Executor, blocks: Blocks, num_threads: int) -> None:
@@ -122,6 +91,9 @@ class Crew:
         self._num_threads = num_threads
         self._loop = asyncio.get_running_loop()
         self._num_running = 0
+        self._under_way: list[Copying] = []
+        """What of that a device does."""
+        self._has_begun = False
         self._landing: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         self._stopped = False
@@ -140,14 +112,17 @@ class Crew:
         if cancelled is not None:
             raise cancelled
 
-    def start(self, first: int, num_blocks: int, arrive: Arrival) -> None:
-        """Has a run of blocks brought in and verified. Few are at once; more are shared among threads, and so are few that come
-        while threads are at work: they overlap.
+    def start(self, first: int, num_blocks: int, arrive: Arrival, begin: Begin | None = None) -> None:
+        """Has a run of blocks brought in and verified. Few are at once, or by the device if it can `begin`; more are shared among
+        threads, and so are few that come while threads are at work: they overlap.
 
         Raises what `check` does of those that were.
         """
-        if 0 < num_blocks <= self._blocks.num_here and not self._num_running:
-            self.take_in_here(first, num_blocks, arrive)
+        if 0 < num_blocks <= self._blocks.num_here and self._num_running == len(self._under_way):
+            if begin is None:
+                self.take_in_here(first, num_blocks, arrive)
+            else:
+                self._look_after(first, begin(first, first + num_blocks))
             return
         for start, count in shares(first, first + num_blocks, self._num_threads, self._blocks):
             self.submit(start, count, arrive)
@@ -164,6 +139,12 @@ class Crew:
         job.add_done_callback(lambda job: self._loop.call_soon_threadsafe(self._land, first, job, landed))
         return landed
 
+    def events(self) -> Sequence[Event] | None:
+        """After these all blocks that were started with are in place. None while threads are at work, or if only they were."""
+        if not self._has_begun or self._num_running > len(self._under_way):
+            return None
+        return [copying.event for copying in self._under_way if copying.event is not None]
+
     def check(self) -> None:
         """Raises DamagedBlockError if a block that came was one, or what a job failed with."""
         if self._error is not None:
@@ -176,6 +157,30 @@ class Crew:
             await self._next_landing()
             self.check()
 
+    def _look_after(self, first: int, copying: Copying) -> None:
+        """Takes in what a device copies, when that is done."""
+        self._has_begun = True
+        self._num_running += 1
+        self._under_way.append(copying)
+        job = self._loop.create_task(self._copied(copying))
+        job.add_done_callback(lambda job: self._land(first, job))
+
+    async def _copied(self, copying: Copying) -> list[Sums]:
+        """On to its end if the loop ends, too: blocks are reused after that."""
+        until = self._loop.time() + LOOKS_S
+        try:
+            while not copying.done():
+                if self._loop.time() < until:
+                    await asyncio.sleep(0)
+                else:
+                    await asyncio.wrap_future(self._threads.submit(copying.wait))
+        except asyncio.CancelledError:
+            copying.wait()
+            raise
+        finally:
+            self._under_way.remove(copying)
+        return [copying.sums()]
+
     def _take_in(self, first: int, num_blocks: int, arrive: Arrival) -> list[Sums]:
         found = []
         for start in range(first, first + num_blocks, self._blocks.num_per_turn):
@@ -184,13 +189,15 @@ class Crew:
             found.append(arrive(start, min(start + self._blocks.num_per_turn, first + num_blocks)))
         return found
 
-    def _land(self, first: int, job: Future[list[Sums]], landed: asyncio.Future[None]) -> None:
+    def _land(
+        self, first: int, job: Future[list[Sums]] | asyncio.Task[list[Sums]], landed: asyncio.Future[None] | None = None
+    ) -> None:
         self._num_running -= 1
         try:
             for sums in job.result():
                 self._destination.arrived(first, sums)
                 first += len(sums)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._error = self._error or error
         for waited in (landed, self._landing):
             if waited is not None and not waited.done():
@@ -208,6 +215,12 @@ class Pull:
     ticket: KvTicket
     destination: Destination
     crew: Crew
+
+    def tell_coming(self, first_token_id: int) -> None:
+        """All blocks were told."""
+        recipient, events = self.destination.recipient, self.crew.events()
+        if recipient is not None and events is not None:
+            recipient.coming(first_token_id, events)
 
     def sequencer(self) -> Sequencer:
         """For frames that begin with the first block that is not verified."""
@@ -233,6 +246,8 @@ async def follow(frames: AsyncGenerator[NewsFrame, None], pull: Pull, bring: Bri
             if frame.num_blocks:
                 destination.state.filling()
                 await bring(frame, new)
+            if sequencer.coming_token is not None:
+                pull.tell_coming(sequencer.coming_token)
             if new.checksums:
                 destination.told(new.first_checksum_index, new.checksums)
             if sequencer.complete:

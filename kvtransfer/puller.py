@@ -13,8 +13,9 @@ from kvtransfer.blocks import MakeBlocks, blocks_of
 from kvtransfer.choice import Chooser, TransportChoice, offer_of
 from kvtransfer.connections import Answer
 from kvtransfer.counters import PullCounters, PullTally
+from kvtransfer.destination import Destination, Recipient
 from kvtransfer.host_blocks import HostBlocks
-from kvtransfer.intake import Crew, Destination, Pull
+from kvtransfer.intake import Crew, Pull
 from kvtransfer.lifeline import Lifeline
 from kvtransfer.peers import Lifelines, Peer, Peers
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PulledTickets, PullState
@@ -105,10 +106,11 @@ class KvPuller:
         with self._peers.using(ticket) as peer:
             return await self._choose(ticket, peer)
 
-    async def pull(self, ticket: KvTicket, block_ids: Sequence[int]) -> PullResult:
+    async def pull(self, ticket: KvTicket, block_ids: Sequence[int], recipient: Recipient | None = None) -> PullResult:
         """Fetches the ticket's blocks into `block_ids`, one for each, while the producer still computes them.
 
-        However this ends, also by being cancelled, nothing touches the blocks any more once it has.
+        However this ends, also by being cancelled, nothing touches the blocks any more once it has. What `recipient` is told before
+        that holds only if it ends well.
         Raises what `check` and `choose` raise; TICKET_NOT_FOUND or the error of the producer that ended the ticket;
         KV_CHECKSUM_MISMATCH for a block that came damaged three times; TRANSFER_INTERRUPTED if the transfer was cut twice, or the
         producer fell silent.
@@ -118,7 +120,7 @@ class KvPuller:
         state = PullState(ticket.ticket_id, ticket.epoch, len(block_ids), self._clock)
         try:
             with self._peers.using(ticket) as peer:
-                choice, first_token_id = await self._pull(ticket, peer, Destination(block_ids, state))
+                choice, first_token_id = await self._pull(ticket, peer, Destination(block_ids, state, recipient))
         except TandemError as error:
             if error.reason is Reason.TICKET_NOT_FOUND:
                 state.expire()
@@ -204,14 +206,15 @@ class KvPuller:
                 return await peer.nccl.fetch(answer.frames(), pull)
             case _:
                 assert peer.fence is not None, "choosing such a transport maps the fence"
-                return await mapped.fetch(answer.frames(), self._copy(peer), peer.fence, pull)
+                return await mapped.fetch(answer.frames(), self._reader(peer), peer.fence, pull)
 
-    def _copy(self, peer: Peer) -> mapped.Copy:
+    def _reader(self, peer: Peer) -> mapped.Reader:
         if isinstance(self._blocks, HostBlocks):
             assert peer.mapping is not None, "choosing shm maps the pool"
-            return partial(peer.mapping.read, self._blocks.fetch, self._layout.block_bytes)
+            return mapped.Reader(partial(peer.mapping.read, self._blocks.fetch, self._layout.block_bytes))
         assert peer.memory is not None, "choosing cuda_ipc opens the pool"
-        return partial(self._blocks.fetch, self._blocks.blocks_of(peer.memory.tensor))
+        source = self._blocks.blocks_of(peer.memory.tensor)
+        return mapped.Reader(partial(self._blocks.fetch, source), partial(self._blocks.begin_fetch, source))
 
     def _result(self, choice: TransportChoice, first_token_id: int, state: PullState) -> PullResult:
         num_bytes = state.num_verified * self._layout.block_bytes

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,20 +147,21 @@ async def test_a_cancelled_pull_leaves_the_blocks_alone(cuda: FakeCuda, transpor
 
 
 @pytest.mark.parametrize(("here_bytes", "on_loop"), [(1 << 20, True), (0, False)])
-async def test_the_event_loop_waits_for_few_blocks(
+async def test_the_event_loop_sees_to_few_blocks(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, here_bytes: int, on_loop: bool
 ) -> None:
-    names, whole = list[str](), device_lane.Lane._checksums
+    names, whole = list[str](), device_lane.Lane._upload
 
-    def noted(lane: object, count: int) -> Sums:
+    def noted(lane: object, *arguments: Any) -> object:
         names.append(threading.current_thread().name)
-        return whole(lane, count)
+        return whole(lane, *arguments)
 
-    monkeypatch.setattr(device_lane.Lane, "_checksums", noted)
+    monkeypatch.setattr(device_lane.Lane, "_upload", noted)
     monkeypatch.setattr("kvtransfer.device_blocks.HERE_BYTES", here_bytes)
     monkeypatch.setattr("kvtransfer.device_blocks.SLOW_S", 60.0)
     async with on_gpus("cuda_ipc") as at:
         await at.puller.start()
+        names.clear()
         ticket = await at.sealed()
         await at.puller.pull(ticket, MINE)
         assert at.arrived(ticket, MINE)

@@ -10,8 +10,9 @@ import pytest
 
 from kvtransfer.blocks import shares
 from kvtransfer.checksum import block_checksum
+from kvtransfer.destination import Destination
 from kvtransfer.frames import NewsFrame
-from kvtransfer.intake import Crew, Destination, Pull, Sequencer, follow
+from kvtransfer.intake import Crew, Pull, Sequencer, follow
 from kvtransfer.pull_state import DamagedBlockError, InterruptedPullError, PullState
 from kvtransfer.ticket import KvTicket
 from llm.kv.block_arrays import BlockIds, Sums
