@@ -162,8 +162,12 @@ class Crew:
         self._has_begun = True
         self._num_running += 1
         self._under_way.append(copying)
-        job = self._loop.create_task(self._copied(copying))
-        job.add_done_callback(lambda job: self._land(first, job))
+
+        def land(job: asyncio.Task[list[Sums]]) -> None:
+            self._under_way.remove(copying)
+            self._land(first, job)
+
+        self._loop.create_task(self._copied(copying)).add_done_callback(land)
 
     async def _copied(self, copying: Copying) -> list[Sums]:
         """On to its end if the loop ends, too: blocks are reused after that."""
@@ -177,8 +181,6 @@ class Crew:
         except asyncio.CancelledError:
             copying.wait()
             raise
-        finally:
-            self._under_way.remove(copying)
         return [copying.sums()]
 
     def _take_in(self, first: int, num_blocks: int, arrive: Arrival) -> list[Sums]:

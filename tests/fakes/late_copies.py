@@ -2,12 +2,16 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from kvtransfer.device_blocks import DeviceBlocks
 from llm.kv.block_arrays import BlockIds, Sums
+from tests.fakes.interpreter import interpret_without_gpu
+
+interpret_without_gpu()
+device_blocks = pytest.importorskip("kvtransfer.device_blocks")
 
 
 class LateCopy:
@@ -61,9 +65,9 @@ def make_late(monkeypatch: pytest.MonkeyPatch, looks: float = 3) -> list[LateCop
     """Fetches that DeviceBlocks begin are late; those that were begun."""
     begun = list[LateCopy]()
 
-    def begin_fetch(blocks: DeviceBlocks, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> LateCopy:
+    def begin_fetch(blocks: Any, source: torch.Tensor, source_ids: BlockIds, block_ids: BlockIds) -> LateCopy:
         begun.append(LateCopy(lambda: blocks.fetch(source, source_ids, block_ids), looks))
         return begun[-1]
 
-    monkeypatch.setattr(DeviceBlocks, "begin_fetch", begin_fetch)
+    monkeypatch.setattr(device_blocks.DeviceBlocks, "begin_fetch", begin_fetch)
     return begun

@@ -14,6 +14,7 @@ from kvtransfer.pull_state import InterruptedPullError
 from llm.kv.copying import Event
 from tandem.errors import Reason, TandemError
 from tests.fakes.cuda_calls import FakeCuda
+from tests.fakes.late_copies import LateCopy, make_late
 from tests.service.kvtransfer.gpu_harness import device_blocks, device_lane, fake_gpus, gpu_pool
 from tests.service.kvtransfer.harness import FIRST_TOKEN, LAYOUT, Transfer, transfer
 
@@ -28,9 +29,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> list:
-    from tests.fakes.late_copies import make_late
-
+def late(monkeypatch: pytest.MonkeyPatch) -> list[LateCopy]:
     return make_late(monkeypatch, looks=math.inf)
 
 
@@ -56,7 +55,7 @@ def pull(at: Transfer, ticket: object, told: Told) -> asyncio.Task:
     return asyncio.create_task(at.puller.pull(ticket, MINE, told))
 
 
-async def test_the_recipient_begins_before_the_copy_is_done(late: list) -> None:
+async def test_the_recipient_begins_before_the_copy_is_done(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         pulling = pull(at, ticket, told)
@@ -69,7 +68,7 @@ async def test_the_recipient_begins_before_the_copy_is_done(late: list) -> None:
         assert at.arrived(ticket, MINE) and told.words == [1]
 
 
-async def test_a_token_that_comes_after_the_blocks_brings_the_word(late: list) -> None:
+async def test_a_token_that_comes_after_the_blocks_brings_the_word(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = at.grant(), Told()
         pulling = pull(at, ticket, told)
@@ -87,7 +86,7 @@ async def test_a_token_that_comes_after_the_blocks_brings_the_word(late: list) -
         assert at.arrived(ticket, MINE)
 
 
-async def test_a_cancelled_pull_waits_for_what_was_begun(late: list) -> None:
+async def test_a_cancelled_pull_waits_for_what_was_begun(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         pulling = pull(at, ticket, told)
@@ -101,7 +100,7 @@ async def test_a_cancelled_pull_waits_for_what_was_begun(late: list) -> None:
             await pulling
 
 
-async def test_damage_that_is_found_late_is_withdrawn_before_blocks_are_written_again(late: list) -> None:
+async def test_damage_that_is_found_late_is_withdrawn_before_blocks_are_written_again(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         pulling = pull(at, ticket, told)
@@ -116,7 +115,7 @@ async def test_damage_that_is_found_late_is_withdrawn_before_blocks_are_written_
         assert at.arrived(ticket, MINE)
 
 
-async def test_damage_that_does_not_end_is_an_error(late: list) -> None:
+async def test_damage_that_does_not_end_is_an_error(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         at.flip(5)
@@ -130,7 +129,7 @@ async def test_damage_that_does_not_end_is_an_error(late: list) -> None:
         assert told.words == [1, -1, 1, -1, 1]
 
 
-async def test_a_cut_after_the_word_is_withdrawn(late: list, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cut_after_the_word_is_withdrawn(late: list[LateCopy], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cuts = Answer.frames, iter([True, False])
 
     async def frames(answer: Answer) -> AsyncGenerator[NewsFrame, None]:
@@ -154,7 +153,7 @@ async def test_a_cut_after_the_word_is_withdrawn(late: list, monkeypatch: pytest
         assert told.words == [1, -1, 1] and at.arrived(ticket, MINE)
 
 
-async def test_blocks_that_are_reused_under_a_copy_are_never_taken_in(late: list) -> None:
+async def test_blocks_that_are_reused_under_a_copy_are_never_taken_in(late: list[LateCopy]) -> None:
     """Their bytes stay what they were, so their checksums could not tell."""
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
@@ -167,7 +166,7 @@ async def test_blocks_that_are_reused_under_a_copy_are_never_taken_in(late: list
         assert caught.value.reason is Reason.TICKET_NOT_FOUND
 
 
-async def test_a_device_that_fails_under_a_copy_ends_the_pull(late: list) -> None:
+async def test_a_device_that_fails_under_a_copy_ends_the_pull(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         pulling = pull(at, ticket, told)
@@ -177,7 +176,7 @@ async def test_a_device_that_fails_under_a_copy_ends_the_pull(late: list) -> Non
             await pulling
 
 
-async def test_a_thread_waits_for_a_copy_that_takes_long(late: list) -> None:
+async def test_a_thread_waits_for_a_copy_that_takes_long(late: list[LateCopy]) -> None:
     async with transfer("cuda_ipc", make_pool=gpu_pool) as at:
         ticket, told = await at.sealed(), Told()
         pulling = pull(at, ticket, told)

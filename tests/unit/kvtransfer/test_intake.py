@@ -278,3 +278,124 @@ async def test_a_run_of_no_blocks_asks_nothing_of_a_device(
     async with Crew(destination, threads, kind(), 2) as crew:
         crew.start(1, 0, arrive)
         await crew.join()
+
+
+class Begun:
+    """A device's copy, which is done when a test says so, or when a thread has waited for it."""
+
+    def __init__(self, blocks: Blocks, first: int, last: int, *, on_wait: bool = False) -> None:
+        self.event = self
+        self.cuda_event = 0
+        self._blocks, self._run, self._on_wait = blocks, (first, last), on_wait
+        self.is_done = False
+        self.error: Exception | None = None
+        self.waiter = ""
+
+    def done(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self.is_done
+
+    def wait(self) -> None:
+        self.waiter = threading.current_thread().name
+        self.is_done = True
+
+    def sums(self) -> Sums:
+        assert self.is_done
+        return self._blocks.fetch(*self._run)
+
+
+class Device:
+    """Begins copies of some blocks."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self.begun: list[Begun] = []
+
+    def begin(self, first: int, last: int) -> Begun:
+        self.begun.append(Begun(self._blocks, first, last))
+        return self.begun[-1]
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread waits for a device."""
+    monkeypatch.setattr("kvtransfer.intake.LOOKS_S", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_a_device_copies_is_taken_in_when_it_is_done(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks = FewBlocks()
+    device = Device(blocks)
+    destination.told(0, CHECKSUMS)
+    async with Crew(destination, threads, blocks, 2) as crew:
+        assert crew.events() is None, "nothing was begun"
+        crew.start(0, 2, blocks.fetch, device.begin)
+        crew.start(2, 2, blocks.fetch, device.begin)
+        first, second = device.begun
+        assert crew.events() == [first, second] and destination.state.num_verified == 0
+        second.is_done = True
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert crew.events() == [first]
+        first.is_done = True
+        await crew.join()
+        assert crew.events() == [] and destination.state.num_verified == 4
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_a_thread_does_as_well_is_behind_no_event(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks, leave = FewBlocks(), threading.Event()
+    device = Device(blocks)
+
+    def arrive(first: int, last: int) -> Sums:
+        assert leave.wait(30)
+        return blocks.fetch(first, last)
+
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.start(0, 2, arrive, device.begin)
+        crew.submit(2, 1, arrive)
+        assert crew.events() is None
+        crew.start(3, 1, arrive, device.begin)
+        assert len(device.begun) == 1, "it joins the thread at work"
+        leave.set()
+        while crew.events() is None:  # noqa: ASYNC110 - whatever changes it knows no event
+            await asyncio.sleep(0.001)
+        assert crew.events() == device.begun
+        device.begun[0].is_done = True
+
+
+async def test_a_copy_that_takes_long_is_a_threads_to_wait_for(
+    destination: Destination, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.intake.LOOKS_S", 0.001)
+    blocks = FewBlocks()
+    device = Device(blocks)
+    async with Crew(destination, threads, blocks, 2) as crew:
+        crew.start(0, 2, blocks.fetch, device.begin)
+        await crew.join()
+    assert device.begun[0].waiter not in ("", threading.main_thread().name)
+
+
+async def test_a_device_that_fails_is_everybodys_failure(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks = FewBlocks()
+    device = Device(blocks)
+    with pytest.raises(RuntimeError, match="injected"):
+        async with Crew(destination, threads, blocks, 2) as crew:
+            crew.start(0, 2, blocks.fetch, device.begin)
+            device.begun[0].error = RuntimeError("injected")
+            await crew.join()
+
+
+async def test_when_the_loop_ends_a_copy_is_waited_for(destination: Destination, threads: ThreadPoolExecutor) -> None:
+    blocks = FewBlocks()
+    device = Device(blocks)
+    with pytest.raises(asyncio.CancelledError):
+        async with Crew(destination, threads, blocks, 2) as crew:
+            before = asyncio.all_tasks()
+            crew.start(0, 2, blocks.fetch, device.begin)
+            (looking,) = asyncio.all_tasks() - before
+            await asyncio.sleep(0)
+            looking.cancel()
+            await crew.join()
+    assert device.begun[0].waiter == threading.main_thread().name
