@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ runners = pytest.importorskip("llm.gpu.runner")
 chunks = pytest.importorskip("prefill_svc.kernels.chunk_attention")
 paged = pytest.importorskip("decode_svc.kernels.paged_attention")
 block_copy = pytest.importorskip("llm.ops.gpu.block_copy")
+device_lane = pytest.importorskip("llm.kv.device_lane")
 
 pytestmark = pytest.mark.gpu
 
@@ -212,6 +214,34 @@ def test_captured_draws_are_those_of_launched_ones(config, tensors, device, filt
     for started in steps:
         assert started.token_ids()[:4] == expected[:4]
         assert started.host_logits()[0].argmax() == expected[4]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_step_begins_when_its_kv_is_copied(config, tensors, device, captured):
+    """It is launched before the copy begins, beside another sequence whose KV is here, and nobody waits."""
+    reader, writer = (make_runner(config, tensors, paged.PagedAttention(), max_batch=4) for _ in range(2))
+    prompts = [SequenceSlice(list(range(5 + i, 60 + 3 * i)), 0, range(5 * i, 5 * i + 5)) for i in range(2)]
+    for runner in (reader, writer) if captured else ():
+        runner.warm_up()
+    writer.forward(prompts)
+    reader.forward(prompts[:1])
+    lane, ids = device_lane.Lane(reader._pool), np.arange(5, 10, dtype=np.int32)
+    lane.warm_up()
+    step = [SequenceSlice([7 * i + 3], len(prompts[i].token_ids), prompts[i].block_ids) for i in range(2)]
+    rows = [SampleRow(SamplingParams(temperature=0.0), (), 0)] * 2
+    expected = writer.start_step(step, [-1, -1], rows).token_ids()
+    reader.start_step(step, [-1, -1], rows).token_ids()  # what is compiled or made at first
+    for _ in range(3):
+        reader._pool[5:10].fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(lane._stream):
+            torch.cuda._sleep(100_000_000)
+        copying = lane.begin_fetch(writer._pool, ids, ids)
+        started = reader.start_step(step, [-1, -1], rows, [copying.event])
+        assert not copying.done()
+        assert started.token_ids() == expected
+        assert copying.done()
+        copying.sums()
 
 
 def _hide(item):

@@ -8,6 +8,7 @@ import xxhash
 from llm.kv.block_arrays import BlockIds
 
 device_lane = pytest.importorskip("llm.kv.device_lane")
+quiet_calls = pytest.importorskip("llm.gpu.quiet_calls")
 
 
 @pytest.fixture
@@ -65,3 +66,43 @@ def test_ids_of_a_call_do_not_reach_into_the_next(pool: torch.Tensor) -> None:
     lane = device_lane.Lane(pool)
     assert lane.checksums(ids(0, 1, 2, 3)).tolist() == expected(pool[:4])
     assert lane.checksums(ids(5)).tolist() == expected(pool[5:])
+
+
+def test_fetches_that_are_under_way_do_not_mix(pool: torch.Tensor) -> None:
+    """On a GPU behind other work of the lane, so that none has begun when the last is launched."""
+    source, lane = torch.randn_like(pool), device_lane.Lane(pool)
+    lane.warm_up()
+    for _ in range(3):
+        pool.zero_()
+        if pool.is_cuda:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(lane._stream):
+                torch.cuda._sleep(50_000_000)
+        begun = [lane.begin_fetch(source, ids(index, index + 1), ids(5 - index, index)) for index in range(device_lane.NUM_BEGUN)]
+        assert lane.num_free == 0
+        assert [fetch.done() for fetch in begun] == [not pool.is_cuda] * len(begun)
+        for index, fetch in enumerate(begun):
+            fetch.wait()
+            assert fetch.done()
+            assert fetch.sums().tolist() == expected(source[[index, index + 1]])
+        assert lane.num_free == device_lane.NUM_BEGUN
+        assert torch.equal(pool[[5, 4, 0, 1]], source[[0, 1, 1, 2]])
+
+
+def test_other_streams_wait_for_a_fetch(pool: torch.Tensor) -> None:
+    if not pool.is_cuda:
+        pytest.skip("no CUDA device")
+    source, lane, beside = torch.randn_like(pool), device_lane.Lane(pool), torch.cuda.Stream()
+    lane.warm_up()
+    pool.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(lane._stream):
+        torch.cuda._sleep(50_000_000)
+    fetch = lane.begin_fetch(source, ids(2), ids(3))
+    with torch.cuda.stream(beside):
+        quiet_calls.wait_for(fetch.event)
+        copied = pool[3].clone()
+    assert not fetch.done(), "nobody has waited"
+    beside.synchronize()
+    assert fetch.done() and torch.equal(copied, source[2])
+    fetch.sums()
