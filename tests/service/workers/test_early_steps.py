@@ -64,8 +64,9 @@ async def test_tokens_are_those_of_an_unsplit_run(late: list[LateCopy], max_toke
     async with pair("cuda_ipc") as nodes:
         for number in range(3):
             prompt = [number, *PROMPT]
-            tokens, _ = await generate(nodes, prefill_request(prompt, max_tokens=max_tokens))
+            tokens, finished = await generate(nodes, prefill_request(prompt, max_tokens=max_tokens))
             assert tokens == completion(prompt, max_tokens)
+            assert finished.queue_us >= 0 and finished.run_us >= 0
         assert len(late) >= 3
         assert (nodes.decode.runner.after_copies > 0) == (max_tokens > 1)
         assert nodes.decode.runner.num_misread == 0

@@ -343,6 +343,7 @@ async def test_a_withdrawn_sequence_whose_pull_fails_keeps_its_blocks_until_its_
     asked.copy.make()
     suite.engine.withdraw(asked.job)
     suite.engine.withdraw(asked.job)
+    assert asked.job.started_ns == 0 and asked.job.sample_row(6).token_ids is asked.job.sequence.token_ids
     suite.close(asked)
     assert suite.allocator.num_free == 14
     assert (await settle(suite, asked)).told == []
