@@ -132,6 +132,14 @@ def test_nothing_may_be_missing_at_the_end(missing: NewsFrame) -> None:
     assert not sequencer.complete
 
 
+def test_a_token_before_the_last_block_brings_nothing_yet() -> None:
+    sequencer = Sequencer(1, 0, 4)
+    sequencer.accept(news(0, 3, 0, token=5))
+    assert sequencer.coming_token is None
+    sequencer.accept(news(3, 1, 0))
+    assert sequencer.coming_token == 5 and not sequencer.complete
+
+
 async def test_blocks_are_copied_and_verified(destination: Destination, threads: ThreadPoolExecutor, blocks: Blocks) -> None:
     async with Crew(destination, threads, blocks, 2) as crew:
         crew.start(0, 3, blocks.fetch)
