@@ -56,9 +56,9 @@ class SequenceState:
         return len(self.token_ids) + self.num_drawing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step.
+    """`num_tokens` tokens of a sequence, from token `start`, to be computed in one step. Left as made; not frozen, for speed.
 
     The sequence's blocks stay as they are until the step is complete. `draws` says that the run reaches the newest token, so that
     the next can be drawn. That newest token may be one that the step before is drawing.

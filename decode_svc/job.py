@@ -35,9 +35,9 @@ class StopRule:
         return EndReason.LENGTH if num_completion_tokens >= self.max_tokens else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drawn:
-    """A token; `index` tokens of the completion came before it."""
+    """A token; `index` tokens of the completion came before it. Left as made; not frozen, as llm.batch.SequenceSlice says."""
 
     index: int
     token: SampledToken

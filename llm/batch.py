@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,16 @@ import numpy.typing as npt
 import torch
 
 Integers = npt.NDArray[np.int32]
+Ints = Integers | array  # type: ignore[type-arg]
+"""What C calls ints, in either kind of array."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceSlice:
-    """The next tokens of one sequence. `block_ids` must reach to position start + len(token_ids)."""
+    """The next tokens of one sequence. `block_ids` must reach to position start + len(token_ids).
+
+    Left as made, but not frozen: each step makes one a sequence, and a frozen one takes three times as long to make.
+    """
 
     token_ids: Sequence[int]
     """New tokens to compute, at least one."""

@@ -47,9 +47,12 @@ class SampleRow:
         return self.num_logprobs is None and not self.forbidden_token_ids and not self.params.has_penalties
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampledToken:
-    """A token; its log-probability and the likeliest tokens under the unmodified logits, if they were asked for."""
+    """A token; its log-probability and the likeliest tokens under the unmodified logits, if they were asked for.
+
+    Left as made; not frozen, as llm.batch.SequenceSlice says.
+    """
 
     token_id: int
     logprob: float | None = None

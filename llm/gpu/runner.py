@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from llm.batch import Integers, SequenceSlice, build_batch
+from llm.batch import Integers, Ints, SequenceSlice, build_batch
 from llm.config import ModelConfig, load_model_config
 from llm.errors import UnsupportedModelError
 from llm.gpu import quiet_calls
@@ -18,7 +18,7 @@ from llm.gpu.device_batch import DeviceBatch, host_arrays, make_device_batch, up
 from llm.gpu.draw_graphs import DrawGraphs
 from llm.gpu.few_rows import FewRowsModel
 from llm.gpu.step import DrawnStep, StepMemories, StepMemory, draw_rows
-from llm.gpu.step_graphs import GraphInputs, GraphSize, StepGraphs, bucket_sizes, decode_size, prompt_size, prompt_sizes
+from llm.gpu.step_graphs import Fitted, GraphInputs, GraphSize, StepGraphs, bucket_sizes, decode_size, prompt_size, prompt_sizes
 from llm.kv.copying import Event
 from llm.model import Model
 from llm.ops.gpu.argmax import Argmax
@@ -108,13 +108,13 @@ class GpuModelRunner(ModelRunner):
         Returns float32 logits [rows, vocab] on the device: the rows that the slices ask for, in order of slices and positions;
         valid until the next call.
         """
-        arrays = self._captured(slices, None)
-        if arrays is None:
+        captured = self._captured(slices, None)
+        if captured is None:
             return self._compute(slices, None, lambda: None)
         if len(self._forwarded) > 1:
             self._forwarded.popleft().token_ids()  # its inputs have been read, so that their memory is free
         memory = self._memories.take()
-        logits = self._replay(arrays, memory)
+        logits = self._replay(captured, memory)
         self._forwarded.append(memory.fetch(0))
         return logits[: sum(item.logits == "last" for item in slices)]
 
@@ -131,10 +131,10 @@ class GpuModelRunner(ModelRunner):
         assert len(rows) <= self._drawn.shape[0], "more rows than the runner was made for"
         for event in after:
             quiet_calls.wait_for(event)
-        memory, arrays = self._memories.take(), self._captured(slices, sources)
+        memory, captured = self._memories.take(), self._captured(slices, sources)
         positions = [item.start + len(item.token_ids) for item in slices if item.logits == "last"]
-        if arrays is not None and self._graphs is not None:
-            logits = self._replay(arrays, memory)
+        if captured is not None and self._graphs is not None:
+            logits = self._replay(captured, memory)
             self._graphs.drawing.replay(logits, rows, positions, memory)
         else:
             logits = self._compute(slices, sources, memory.note_filled)
@@ -163,15 +163,16 @@ class GpuModelRunner(ModelRunner):
         assert self._pool is not None, "attach a pool first"
         return self._pool
 
-    def _captured(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> dict[str, Integers] | None:
+    def _captured(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> Fitted | None:
         """The inputs of a step, if it is one of those that were captured."""
         if self._graphs is None:
             return None
-        if self._gpu.max_batch:
-            arrays = decode_arrays(slices, sources, self._pool_tensor().shape[4]) if is_decode(slices) else None
-        else:
+        arrays: Mapping[str, Ints] | None = None
+        if not self._gpu.max_batch:
             arrays = self._prompt_arrays(slices, sources)
-        return arrays if arrays is not None and self._graphs.holds(arrays) else None
+        elif is_decode(slices):
+            arrays = decode_arrays(slices, sources, self._pool_tensor().shape[4])
+        return None if arrays is None else self._graphs.fit(arrays)
 
     def _prompt_arrays(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None) -> dict[str, Integers] | None:
         """None for a step that is surely none of those captured."""
@@ -182,10 +183,10 @@ class GpuModelRunner(ModelRunner):
             build_batch(slices, self._pool_tensor().shape[4]), _by_row(slices, sources), self._gpu.attention.tile_tokens
         )
 
-    def _replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
+    def _replay(self, step: Fitted, memory: StepMemory) -> torch.Tensor:
         """Logits of at least as many rows as were asked for; the likeliest tokens are drawn too."""
         assert self._graphs is not None, "captured"
-        return self._graphs.replay(arrays, memory)
+        return self._graphs.replay(step, memory)
 
     def _compute(self, slices: Sequence[SequenceSlice], sources: Sequence[int] | None, filled: Callable[[], None]) -> torch.Tensor:
         """`sources`: one a slice. `filled` as in llm.model."""

@@ -18,12 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import le
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from llm.batch import Batch, Integers
+from llm.batch import Batch, Ints
 from llm.gpu.device_batch import PER_ROW, PER_TILE, DeviceBatch, make_device_batch
 from llm.gpu.draw_graphs import DrawGraphs
 from llm.gpu.quiet_calls import QuietGraph
@@ -56,19 +56,26 @@ class GraphSize:
             return self.tiles
         return {"logits_rows": self.logits, "block_starts": self.sequences + 1}.get(name, self.rows)
 
+    def holds(self, needed: GraphSize) -> bool:
+        """Whether a batch of that size has room."""
+        return all(map(le, needed.counts, self.counts))
+
     @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Of all arrays of fixed places."""
-        return tuple(self.length(name) for name in _FIXED)
-
-    def holds(self, needed: Sequence[int]) -> bool:
-        """Whether arrays as long as `lengths_of` says have room."""
-        return all(map(le, needed, self.lengths))
+    def counts(self) -> tuple[int, int, int, int]:
+        return self.rows, self.sequences, self.tiles, self.logits
 
 
-def lengths_of(arrays: Mapping[str, Integers]) -> list[int]:
-    """Of a batch's arrays of fixed places, once for all the sizes that are looked at: that is between two steps."""
-    return [len(arrays[name]) for name in _FIXED]
+def size_of(arrays: Mapping[str, Ints]) -> GraphSize:
+    """What a batch's arrays take."""
+    rows, logits = len(arrays["token_ids"]), len(arrays["logits_rows"])
+    return GraphSize(rows, len(arrays["block_starts"]) - 1, len(arrays["tile_rows"]), logits)
+
+
+class Fitted(NamedTuple):
+    """A batch's arrays, and the captured size that holds them."""
+
+    size: GraphSize
+    arrays: Mapping[str, Ints]
 
 
 def decode_size(sequences: int) -> GraphSize:
@@ -109,22 +116,21 @@ class GraphInputs:
             padding[index] = np.arange(self._stride) if name == "tile_rows" else _PADDING.get(name, 0)
         self._padding = padding.reshape(-1)
 
-    def fits(self, arrays: Mapping[str, Integers]) -> bool:
+    def fits(self, arrays: Mapping[str, Ints]) -> bool:
         return len(_FIXED) * self._stride + len(arrays["block_ids"]) <= self._memory.shape[0]
 
     def stage(self) -> Staged:
         """Host memory from which this memory is filled."""
         return Staged(self._memory)
 
-    def upload(self, arrays: Mapping[str, Integers], staged: Staged) -> None:
+    def upload(self, arrays: Mapping[str, Ints], staged: Staged) -> None:
         """One copy; it waits for nothing and is ordered before what is launched next. `staged` must not be under way any more."""
         num_fixed, block_ids = self._padding.size, arrays["block_ids"]
-        values = staged.values.data  # numpy would let others have the interpreter while it copies
+        values: Any = staged.values.data  # numpy would let others have the interpreter while it copies
         values[:num_fixed] = self._padding.data
-        for index, name in enumerate(_FIXED):
-            begin = index * self._stride
-            values[begin : begin + len(arrays[name])] = arrays[name].data
-        values[num_fixed : num_fixed + len(block_ids)] = block_ids.data
+        for begin, name in zip(range(0, num_fixed, self._stride), _FIXED, strict=True):
+            values[begin : begin + len(arrays[name])] = arrays[name]
+        values[num_fixed : num_fixed + len(block_ids)] = block_ids
         staged.copy(num_fixed + len(block_ids))
 
     def batch(self, size: GraphSize) -> DeviceBatch:
@@ -162,23 +168,19 @@ class StepGraphs:
                 captured(size)
         self._ascending = sorted(self._graphs, key=lambda size: size.rows)
 
-    def holds(self, arrays: Mapping[str, Integers]) -> bool:
-        """Whether `replay` can run this batch."""
-        return self.size_for(arrays) is not None and self.inputs.fits(arrays)
+    def fit(self, arrays: Mapping[str, Ints]) -> Fitted | None:
+        """Into the smallest captured size that holds them."""
+        if not self.inputs.fits(arrays):
+            return None
+        needed = size_of(arrays)
+        return next((Fitted(size, arrays) for size in self._ascending if size.holds(needed)), None)
 
-    def size_for(self, arrays: Mapping[str, Integers]) -> GraphSize | None:
-        """The smallest captured size that holds them."""
-        needed = lengths_of(arrays)
-        return next((size for size in self._ascending if size.holds(needed)), None)
-
-    def replay(self, arrays: Mapping[str, Integers], memory: StepMemory) -> torch.Tensor:
+    def replay(self, step: Fitted, memory: StepMemory) -> torch.Tensor:
         """Uploads by way of `memory` and runs a step; logits [at least as many rows, vocab], valid until the next replay."""
-        size = self.size_for(arrays)
-        assert size is not None, "ask `holds` first"
         if memory.staged is None:
             memory.staged = self.inputs.stage()
-        self.inputs.upload(arrays, memory.staged)
-        (first, *rest), logits = self._graphs[size]
+        self.inputs.upload(step.arrays, memory.staged)
+        (first, *rest), logits = self._graphs[step.size]
         first.replay()
         if rest:
             memory.note_filled()

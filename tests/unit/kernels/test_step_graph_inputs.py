@@ -5,12 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llm.batch import SequenceSlice, build_batch
 from llm.gpu.decode_batch import decode_arrays, is_decode
 from llm.gpu.device_batch import host_arrays
 from llm.gpu.step import Staged, StepMemories
-from llm.gpu.step_graphs import GraphInputs, bucket_sizes, decode_size, lengths_of, prompt_size, prompt_sizes
+from llm.gpu.step_graphs import GraphInputs, bucket_sizes, decode_size, prompt_size, prompt_sizes, size_of
 from llm.ops.attention import paged_attention as reference
 from tests.fakes.paged_batches import relative_error
 
@@ -41,8 +43,8 @@ def test_prompt_sizes_ascend_to_the_largest(max_tokens):
 def test_a_prompt_step_has_room_for_prompts_that_end_within_a_tile():
     size = prompt_size(256, 128, most_logits=100)
     many = [SequenceSlice([1] * 32, 0, range(2)) for _ in range(8)]
-    assert size.holds(lengths_of(host_arrays(build_batch(many, 16), None, 128)))
-    assert not size.holds(lengths_of(host_arrays(build_batch([*many, SequenceSlice([1], 0, [0])], 16), None, 128)))
+    assert size.holds(size_of(host_arrays(build_batch(many, 16), None, 128)))
+    assert not size.holds(size_of(host_arrays(build_batch([*many, SequenceSlice([1], 0, [0])], 16), None, 128)))
 
 
 def test_only_one_token_each_with_logits_is_a_decode_step():
@@ -51,15 +53,25 @@ def test_only_one_token_each_with_logits_is_a_decode_step():
     assert not is_decode([SequenceSlice([1], 4, [0], "none")])
 
 
-@pytest.mark.parametrize("sources", [None, [2, -1, 0]])
-def test_a_decode_step_is_laid_out_as_any_batch(sources):
+def decode_slices():
+    """One token each, and blocks enough for it, perhaps some to spare."""
+
+    def sliced(start, spare, first):
+        blocks = range(first, first + start // 16 + 1 + spare)
+        return SequenceSlice([first], start, array("i", blocks) if spare else blocks)
+
+    return st.lists(st.builds(sliced, st.integers(0, 99), st.integers(0, 2), st.integers(0, 50)), min_size=1, max_size=20)
+
+
+@given(decode_slices(), st.integers(-1, 30) | st.none())
+def test_a_decode_step_is_laid_out_as_any_batch(slices, source):
     """But for spare blocks, which are not left out: where a sequence's blocks begin is said."""
-    slices = [SequenceSlice([7], 20, [5, 3]), SequenceSlice([9], 0, range(8, 9)), SequenceSlice([1], 47, array("i", [4, 1, 2, 6]))]
+    sources = None if source is None else [max(source - index, -1) for index in range(len(slices))]
     expected = host_arrays(build_batch(slices, 16), sources, 16)
     laid = decode_arrays(slices, sources, 16)
     assert list(laid) == list(expected)
     for name in expected:
-        assert laid[name].dtype == expected[name].dtype
+        assert memoryview(laid[name]).format == expected[name].data.format
         if name not in ("block_ids", "block_starts"):
             assert laid[name].tolist() == expected[name].tolist(), name
     for index, item in enumerate(slices):
