@@ -47,7 +47,8 @@ def test_doctor_on_a_laptop(doctor: Callable[..., Result]) -> None:
     assert result.exit_code == 0 and "Ready" in result.stdout
     assert "✓" in line_of(result, "torch on CPU") and "!" in line_of(result, "GPU")
     assert "✓" in line_of(result, "tcp") and "needs a CUDA GPU" in line_of(result, "cuda_ipc")
-    assert "tandem pull" in line_of(result, "model") and "free" in line_of(result, "port")
+    assert "!" in line_of(result, "model") and "free" in line_of(result, "port")
+    assert "Run `tandem pull" in " ".join(result.stdout.split()), "wherever the line ends, behind a path of any length"
 
 
 def test_doctor_says_which_weights_were_chosen_and_why(doctor: Callable[..., Result], tmp_path: Path) -> None:
