@@ -111,6 +111,7 @@ async def transfer(*transports: str, make_pool: Callable[[KvLayout, int], KvPool
     server.add_insecure_port(f"127.0.0.1:{port}")
     puller = KvPuller(target, LAYOUT, "model", "tokenizer", channels=open_internal_channel, transports=transports or TRANSPORTS)
     await producer.start()
+    await puller.start()
     await server.start()
     both = Transfer(source, target, producer, puller, server, clock, freed)
     try:

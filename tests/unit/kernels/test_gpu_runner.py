@@ -134,7 +134,7 @@ def test_decode_steps_turn_write_and_attend_in_one_launch(config, tensors, refer
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_layers_of_a_long_step_are_reported(config, tensors, device):
-    runner, layers = make_runner(config, tensors, device, paged.PagedAttention()), []
+    runner, layers = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4))), []
     runner.report_layers(lambda: layers.append(1))
     runner.forward([SequenceSlice(list(range(70)), 0, [5, 2, 0, 7, 1], "none")])
     assert len(layers) == config.num_layers
@@ -272,15 +272,15 @@ def test_prompts_say_when_nothing_more_is_written(config, tensors, device, last)
 
 
 @pytest.mark.parametrize("config", ["llama of one layer"], indirect=True)
-def test_decode_steps_do_not_say_it(config, tensors, device):
+def test_decode_steps_do_not_say_it(config, tensors, device, monkeypatch):
     """To cut their graphs would cost them time, and nobody would be told."""
     prefill = make_runner(config, tensors, device, chunks.ChunkAttention(chunks.Shape(16, 16, 4)), max_rows=2)
     decode = make_runner(config, tensors, device, paged.PagedAttention(), max_batch=2)
     cuts = []
+    monkeypatch.setattr(Model, "forward", lambda model, batch, pool, filled: filled())
     for runner in (prefill, decode):
         slices = [SequenceSlice(list(range(3, 70)), 0, [5, 2, 8, 9, 1])]
-        with torch.inference_mode():
-            runner._compute(slices, None, lambda runner=runner: cuts.append(runner))
+        runner._compute(slices, None, lambda runner=runner: cuts.append(runner))
     assert cuts == [prefill]
 
 
