@@ -182,6 +182,8 @@ class Telling:
         self._reading.heard = self._heard
         while True:
             await self._connection.flush()
+            if self._reading.complete:
+                return
             if self._send_blocks is not None:
                 await self._tell_with_blocks(self._send_blocks)
             elif not self._tell_at_once():

@@ -124,6 +124,17 @@ async def test_the_error_of_a_ticket_is_the_tasks() -> None:
             await at.running
 
 
+async def test_what_was_told_whole_is_no_error_if_the_ticket_ends_before_the_task_has_its_turn() -> None:
+    """Else an error would lie on a connection that the consumer has done with, and be taken for the next pull's answer."""
+    async with telling() as at:
+        at.finish()
+        while (first := at.outbox.num_checksums) < NUM_BLOCKS:
+            at.ready(min(first + 100, NUM_BLOCKS))
+        at.outbox.entry.error = TandemError(Reason.CANCELLED, "the prefill was cancelled")
+        at.outbox.notify()
+        await at.running
+
+
 async def test_a_sign_of_life_holds_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_server, "HEARTBEAT_S", 0.01)
     async with telling() as at:
