@@ -12,7 +12,7 @@ run: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/tandem pull
-	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,19 +19,6 @@ def _forget_own_settings() -> None:
 
 
 _forget_own_settings()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes: all tests in one of them, in turn, and beside them those of kernels, which compute on one core and
-    nothing else. What starts servers, or looks at a clock, wants the machine for itself."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class InTurn(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith("tests/unit/kernels/") else "in turn"
-
-    return InTurn(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Kernels run on the GPU where there is one, and else on the CPU in Triton's interpreter; its bfloat16 dot is broken there."""
 
-import os
-
 import numpy
 import pytest
 import torch
@@ -36,13 +34,6 @@ def overflow_is_silent_as_on_a_gpu():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def give_way(request):
-    """To the tests that run beside these in another process."""
-    if hasattr(request.config, "workerinput"):
-        os.nice(15)
 
 
 @pytest.fixture(autouse=True)
