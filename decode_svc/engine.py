@@ -188,9 +188,9 @@ class DecodeEngine:
             self._expire()
             work = [(run, self._jobs[run.sequence]) for run in self._batcher.schedule()]
             after = [event for run, job in work if run.sequence.stage is Stage.ARRIVING for event in job.after]
-        now = time.monotonic_ns()
-        for _, job in work:
-            job.started_ns = job.started_ns or now
+            now = time.monotonic_ns()
+            for _, job in work:
+                job.started_ns = job.started_ns or now
         return work, after
 
     def _launch(self, work: Work, after: Sequence[Event], began: float) -> None:
