@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
@@ -30,12 +30,14 @@ def grouped(matrix: np.ndarray) -> np.ndarray:
 
 @settings(deadline=None, max_examples=30)
 @given(outputs, st.integers(1, 130), seeds)
+@example(44, 1, 463)  # a group of 1.3e-4 alone
 def test_int8_is_off_by_half_a_step_at_most(size, depth, seed):
     weight = np.random.default_rng(seed).standard_normal((size, depth)).astype(np.float32)
     packed = pack_int8(weight)
     step = np.abs(grouped(weight)).max(axis=2) / 127
     assert packed.widened().shape == weight.shape
-    assert (np.abs(grouped(packed.widened() - weight)) <= 0.57 * step[..., None] + 1e-6).all()
+    # The scale is a float16: 2^-11 of itself off at most, or of a tiny group 2^-25, and that 127 times.
+    assert (np.abs(grouped(packed.widened() - weight)) <= 0.57 * step[..., None] + 127 * 2**-25).all()
 
 
 @settings(deadline=None, max_examples=30)
